@@ -1,0 +1,53 @@
+# make demo   attend over the 65,536 pixels of a photograph; pictures in demo/
+# make test   everything that is tested without a GPU, documentation included (with one, the GPU too)
+# make lint   ruff and mypy
+# make bench  this machine's backends against dense attention
+# make docs   the site, in docs/_build/html
+# Each creates .venv if needed and installs what it uses.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
+
+# The extra for this machine's GPU: CUDA 13 needs driver 580 or newer; without a GPU, none.
+DRIVER := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d. -f1)
+GPU := $(if $(DRIVER),$(shell test $(DRIVER) -ge 580 && echo ,cuda13 || echo ,cuda12))
+
+.PHONY: demo test lint bench docs clean
+
+demo: $(VENV)/.explain
+	$(BIN)/llsa explain --out demo
+
+test: $(VENV)/.test
+	$(BIN)/pytest -n 2
+
+bench: $(VENV)/.explain
+	$(BIN)/llsa bench
+
+docs: $(VENV)/.test
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+# mypy does not follow the mapping of gpu/ and adapters/ into the package, so it gets a folder of links.
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	rm -rf build/mypy && mkdir -p build/mypy/llsa_np
+	ln -s $(CURDIR)/llsa_np/* build/mypy/llsa_np/
+	ln -s $(CURDIR)/gpu build/mypy/llsa_np/gpu
+	ln -s $(CURDIR)/adapters build/mypy/llsa_np/adapters
+	MYPYPATH=build/mypy $(BIN)/mypy -p llsa_np
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.explain: EXTRAS := explain$(GPU)
+# The test extra brings CUDA 13's Numba, so only a machine whose driver takes it gets the GPU extra beside it.
+$(VENV)/.test: EXTRAS := test,explain,docs$(filter %cuda13,$(GPU))
+$(VENV)/.dev: EXTRAS := dev,test,explain,docs
+$(VENV)/.explain $(VENV)/.test $(VENV)/.dev: pyproject.toml tests/constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[$(EXTRAS)]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build demo explain docs/_build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

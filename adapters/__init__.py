@@ -1,0 +1,92 @@
+"""One thin file per array framework, and the search for the one that a call's arrays belong to.
+
+An adapter says how to look at an array of its framework, how to make a new one, and which operations it has; nothing
+here computes attention. Only frameworks that are already imported are asked, so `import llsa_np` loads none.
+To add a framework, write an `Adapter` in a file of its own and name it in `ADAPTERS` under its top module's name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+from numpy.typing import NDArray
+
+
+class View(NamedTuple):
+    """What the checks and the backends know of a caller's array, without touching its contents."""
+
+    shape: tuple[int, ...]
+    """As the caller gave it, in the caller's layout."""
+    dtype: str
+    """Name of the element type: "float16", "bfloat16", "float32", "float64", "int32", ..."""
+    device: str
+    """Where it lies: "cpu", "cuda:0", ..."""
+    array: Any
+    """What a backend reads or writes; four axes stand in the order (batch, heads, tokens, dim)."""
+
+
+class Adapter(Protocol):
+    """What llsa_np asks of an array framework."""
+
+    name: str
+    """The framework's name, as error messages say it."""
+
+    def owns(self, array: Any) -> bool:
+        """Whether this is an array of this framework that it can be trusted to read as plain numbers."""
+
+    def view(self, array: Any, layout: str = "bhnd") -> View:
+        """A view of the caller's array, not a copy, its axes in the order (batch, heads, tokens, dim)."""
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, like: View, layout: str = "bhnd") -> tuple[Any, View]:
+        """A new array, uninitialised, beside `like`, with the axes of shape (batch, heads, tokens, dim) laid out in
+        `layout`: the array for the caller and the view for the backend. dtype None means that of `like`."""
+
+    def namespace(self, array: Any) -> Any:
+        """The module whose functions follow the Python array API, for `merge`."""
+
+    def to_numpy(self, array: Any) -> NDArray[Any]:
+        """The contents on the host, copied if they lie elsewhere, for `coverage` and for checking a Selection."""
+
+
+ADAPTERS = {"numpy": "llsa_np.adapters.numpy_arrays"}
+"""Top module of an array's type (or of a base class of it) -> the module whose `adapter` serves it."""
+
+SUPPORTED = "NumPy arrays (numpy.ndarray; bfloat16 as ml_dtypes.bfloat16)"
+
+
+def type_name(value: Any) -> str:
+    """The type's name as a person knows it, with its module."""
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def adapter_of(who: str, name: str, array: Any) -> Adapter:
+    """The adapter that serves this argument, or a TypeError that names its type and what is supported."""
+    for base in type(array).__mro__:
+        module = ADAPTERS.get(base.__module__.partition(".")[0])
+        if module is not None:
+            adapter: Adapter = importlib.import_module(module).adapter
+            if adapter.owns(array):
+                return adapter
+    raise TypeError(
+        f"{who}: {name} is a {type_name(array)}; supported are {SUPPORTED}. Convert it first, e.g. with numpy.asarray"
+    )
+
+
+def common_adapter(who: str, arrays: Mapping[str, Any]) -> Adapter:
+    """The one adapter that serves all arguments, or a TypeError that names the two that disagree."""
+    first: Adapter | None = None
+    first_name = ""
+    for name, array in arrays.items():
+        adapter = adapter_of(who, name, array)
+        if first is None:
+            first, first_name = adapter, name
+        elif adapter is not first:
+            raise TypeError(
+                f"{who}: {first_name} is an array of {first.name} and {name} one of {adapter.name}; "
+                "all arrays of one call come from the same framework"
+            )
+    assert first is not None
+    return first

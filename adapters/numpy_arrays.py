@@ -1,0 +1,36 @@
+"""NumPy: arrays are their own views, and new ones come from numpy.empty."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llsa_np.adapters import View
+from numpy.typing import NDArray
+
+
+class NumpyAdapter:
+    name = "NumPy"
+
+    def owns(self, array: Any) -> bool:
+        # A masked array's mask would be skipped in silence.
+        return isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray)
+
+    def view(self, array: NDArray[Any], layout: str = "bhnd") -> View:
+        data = array.swapaxes(1, 2) if layout == "bnhd" and array.ndim == 4 else array
+        return View(array.shape, array.dtype.name, "cpu", data)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, like: View, layout: str = "bhnd") -> tuple[NDArray[Any], View]:
+        if layout == "bnhd":
+            shape = (shape[0], shape[2], shape[1], *shape[3:])
+        array = np.empty(shape, like.array.dtype if dtype is None else dtype)
+        return array, self.view(array, layout)
+
+    def namespace(self, array: NDArray[Any]) -> Any:
+        return np
+
+    def to_numpy(self, array: NDArray[Any]) -> NDArray[Any]:
+        return array
+
+
+adapter = NumpyAdapter()

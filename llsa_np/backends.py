@@ -1,0 +1,151 @@
+"""Who computes: the backends by name, what each needs to run here, and the choice between them."""
+
+from __future__ import annotations
+
+import ctypes
+from importlib.util import find_spec
+from typing import Any, Literal, Protocol, get_args
+
+from llsa_np import numpy_backend
+from llsa_np.hierarchy import Hierarchy
+from llsa_np.options import AttendOptions
+from llsa_np.selection import Selection
+
+BackendName = Literal["auto", "numpy", "numba_cuda", "cupy_raw"]
+NAMES: tuple[str, ...] = get_args(BackendName)[1:]
+
+
+class Backend(Protocol):
+    """The four operations over checked arrays in the order (batch, heads, tokens, dim); results are filled, not returned.
+
+    Lists of levels: `pool` fills levels 1..L, `select` reads levels 1..L, `attend` and `attend_backward` levels 0..L.
+    """
+
+    name: str
+    device: str
+    """Kind of the devices whose arrays it serves: "cpu", "cuda"."""
+
+    def refusals(
+        self, operation: str, dtype: str, dim: int, value_dim: int, block_size: int, topk: tuple[int, ...]
+    ) -> list[str]:
+        """Every reason why this backend cannot serve a call that passed the checks; none if it can."""
+
+    def pool(self, x: Any, hierarchy: Hierarchy, out: list[Any]) -> None: ...
+
+    def select(self, q_levels: list[Any], k_levels: list[Any], hierarchy: Hierarchy, out: list[Any]) -> None: ...
+
+    def attend(
+        self,
+        q: Any,
+        k_levels: list[Any],
+        v_levels: list[Any],
+        selection: Selection,
+        options: AttendOptions,
+        out: Any,
+        lse: Any,
+    ) -> None: ...
+
+    def attend_backward(
+        self,
+        dout: Any,
+        q: Any,
+        k_levels: list[Any],
+        v_levels: list[Any],
+        out: Any,
+        lse: Any,
+        dlse: Any | None,
+        selection: Selection,
+        options: AttendOptions,
+        dq: Any | None,
+        dk: Any | None,
+        dv: Any | None,
+    ) -> None: ...
+
+
+def backends() -> dict[str, tuple[str, ...]]:
+    """What can serve on this machine: for every backend the reasons why it cannot, and none for one that can.
+
+    Returns {"numpy": (), "numba_cuda": (reason, ...), "cupy_raw": (reason, ...)}; each reason names the way out where
+    there is one, such as the extra to install. Looks at installed packages and at the driver, imports no framework.
+    """
+    return {name: tuple(_reasons(name)) for name in NAMES}
+
+
+def check_backend(who: str, name: Any) -> str:
+    """The name, if it is "auto" or a backend that can run here."""
+    if not isinstance(name, str) or name not in ("auto", *NAMES):
+        raise ValueError(f"{who}: backend is {name!r}; allowed is one of {('auto', *NAMES)}")
+    reasons = [] if name == "auto" else _reasons(name)
+    if reasons:
+        able = [other for other in NAMES if not _reasons(other)]
+        raise RuntimeError(
+            f"{who}: backend {name!r} cannot run here: {'; '.join(reasons)}. "
+            f"Use backend='auto' or one that can: {', '.join(map(repr, able))}"
+        )
+    return name
+
+
+def choose(who: str, name: str, device: str, case: dict[str, Any]) -> Backend:
+    """The backend for a call whose arrays lie on `device`: the one that was named, or the first that serves the case."""
+    kind = device.partition(":")[0]
+    candidates = [_load(other) for other in NAMES if not _reasons(other)] if name == "auto" else [_load(name)]
+    here = [backend for backend in candidates if backend.device == kind]
+    if not here:
+        raise ValueError(
+            f"{who}: the arrays are on {device}; "
+            + (
+                f"backend {name!r} serves {candidates[0].device} arrays"
+                if name != "auto"
+                else f"no backend that can run here serves it: {backends()}"
+            )
+        )
+    refusals: list[str] = []
+    for backend in here:
+        reasons = backend.refusals(who, **case)
+        if not reasons:
+            return backend
+        refusals += [f"{backend.name} {reason}" for reason in reasons]
+    raise NotImplementedError(f"{who}: {'; '.join(refusals)}")
+
+
+def _load(name: str) -> Backend:
+    return {"numpy": numpy_backend.backend}[name]
+
+
+def _reasons(name: str) -> list[str]:
+    """Why a backend cannot run on this machine."""
+    if name == "numpy":
+        return []
+    kernels, packages = {
+        "numba_cuda": ("Numba CUDA", {"numba": "numba", "numba_cuda": "numba-cuda"}),
+        "cupy_raw": ("CuPy", {"cupy": "cupy", "cuda.core": "cuda-core"}),
+    }[name]
+    reasons = [f"this version of llsa-np has no {kernels} kernels yet"]
+    missing = [package for module, package in packages.items() if not _installed(module)]
+    if missing:
+        reasons.append(
+            f"not installed: {', '.join(missing)} (pip install 'llsa-np[cuda13]', or 'llsa-np[cuda12]' for a CUDA 12 driver)"
+        )
+    if not _cuda_devices():
+        reasons.append("no CUDA device: the NVIDIA driver is missing or shows none")
+    return reasons
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent package is not there
+        return False
+
+
+def _cuda_devices() -> int:
+    """How many devices the NVIDIA driver shows; 0 without a driver."""
+    count = ctypes.c_int(0)
+    for library in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            driver = ctypes.CDLL(library)
+        except OSError:
+            continue
+        if driver.cuInit(0) == 0:
+            driver.cuDeviceGetCount(ctypes.byref(count))
+    return count.value

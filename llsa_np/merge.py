@@ -1,0 +1,74 @@
+"""Merging attentions over disjoint sets of keys into the attention over all of them (spec.md, More than the paper)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llsa_np.adapters import common_adapter, type_name
+from llsa_np.checks import check_devices, check_dtype, check_floats, check_shape, lse_dtype, sizes
+from llsa_np.options import Layout, check_layout
+
+
+def merge(*pairs: tuple[Any, Any], layout: Layout = "bhnd") -> tuple[Any, Any]:
+    """lse = log sum_i exp(lse_i) and out = sum_i exp(lse_i - lse) out_i.
+
+    pairs: one or more (out, lse) over disjoint keys, as `attention(..., return_lse=True)` and `attend` return them: out
+    (batch, heads, M, Dv), or (batch, M, heads, Dv) with layout "bnhd", of one dtype; lse (batch, heads, M) in both
+    layouts, float32 (float64 for float64).
+    Returns (out, lse) in the same dtypes; sums in float32 (float64). A row with lse -inf in one pair changes nothing,
+    bit for bit; with -inf in all it has out 0 and lse -inf.
+    Built of the framework's own array operations, so differentiable where the framework is, a row with lse -inf in all
+    pairs having no gradient.
+    Raises ValueError without pairs or for shapes that differ, TypeError for mixed dtypes, for arrays of different
+    frameworks, or of one without array operations. Source: spec.md, More than the paper.
+    """
+    who = "merge"
+    layout = check_layout(who, layout)
+    if not pairs:
+        raise ValueError(f"{who}: got no pairs; allowed is one or more (out, lse)")
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise TypeError(f"{who}: pair {i} is a {type_name(pair)}; allowed is a tuple (out, lse)")
+    outs = {f"out of pair {i}": pair[0] for i, pair in enumerate(pairs)}
+    lses = {f"lse of pair {i}": pair[1] for i, pair in enumerate(pairs)}
+    adapter = common_adapter(who, outs | lses)
+    out_views = {name: adapter.view(out, layout) for name, out in outs.items()}
+    lse_views = {name: adapter.view(lse) for name, lse in lses.items()}
+    dtype = check_floats(who, out_views)
+    check_devices(who, out_views | lse_views)
+    first = out_views["out of pair 0"]
+    of = sizes(who, "out of pair 0", first, layout)
+    for name, view in out_views.items():
+        check_shape(who, name, view, first.shape, "the shape of pair 0's out")
+    for name, view in lse_views.items():
+        check_shape(
+            who, name, view, (of.batch, of.heads, of.tokens), "(batch, heads, queries) of its out, in both layouts"
+        )
+        check_dtype(who, name, view, lse_dtype(dtype))
+
+    xp = adapter.namespace(pairs[0][0])
+    top = pairs[0][1]
+    for _, lse in pairs[1:]:
+        top = xp.maximum(top, lse)
+    zero = xp.zeros_like(top)
+    shift = xp.where(top == -xp.inf, zero, top)  # a row that is empty in all pairs: exp(-inf - 0) = 0
+    total_out: Any = None
+    total: Any = zero
+    for out, lse in pairs:
+        empty = lse == -xp.inf
+        weight = xp.where(empty, zero, xp.exp(xp.where(empty, zero, lse - shift)))
+        total = total + weight
+        weight = column(xp, weight, layout)
+        part = xp.astype(out, lse.dtype, copy=False)
+        part = xp.where(column(xp, empty, layout), xp.zeros_like(part), weight * part)
+        total_out = part if total_out is None else total_out + part
+    nothing = total == 0
+    safe = xp.where(nothing, xp.ones_like(total), total)
+    merged = total_out / column(xp, safe, layout)
+    lse = xp.where(nothing, top, shift + xp.log(safe))
+    return xp.astype(merged, pairs[0][0].dtype, copy=False), lse
+
+
+def column(xp: Any, x: Any, layout: Layout) -> Any:
+    """(batch, heads, M) -> the shape that broadcasts over out, (batch, heads, M, 1) or (batch, M, heads, 1)."""
+    return xp.expand_dims(x if layout == "bhnd" else xp.permute_dims(x, (0, 2, 1)), axis=-1)

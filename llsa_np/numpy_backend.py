@@ -1,0 +1,25 @@
+"""The NumPy reference as a backend: its four operations, and that it serves whatever lies on the host."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llsa_np.attend import attend
+from llsa_np.attend_backward import attend_backward
+from llsa_np.pool import pool
+from llsa_np.select import select
+
+
+class NumpyBackend:
+    name = "numpy"
+    device = "cpu"
+    pool = staticmethod(pool)
+    select = staticmethod(select)
+    attend = staticmethod(attend)
+    attend_backward = staticmethod(attend_backward)
+
+    def refusals(self, operation: str, **case: Any) -> list[str]:
+        return []
+
+
+backend = NumpyBackend()

@@ -1,0 +1,140 @@
+"""What an option may be, checked once for every backend (spec.md, Bad input)."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from llsa_np.hierarchy import MAX_LEVELS, MAX_SPAN, default_levels
+
+Layout = Literal["bhnd", "bnhd"]
+Precision = Literal["full", "tf32"]
+TopK = int | Iterable[int]
+
+
+@dataclass(frozen=True)
+class AttendOptions:
+    """The checked options of attention: which levels take part, how they weigh, and the scale of the logits."""
+
+    levels: tuple[int, ...]
+    """Levels that take part, coarsest first; level 0 always does."""
+    reweight: bool
+    """Whether a coarse token weighs as many tokens as it stands for, or 1."""
+    scale: float
+    precision: Precision
+
+
+def check_integer(who: str, name: str, value: Any, low: int, high: int | None) -> int:
+    """The value as an int within low..high (high None: no upper end)."""
+    allowed = f"an integer of {low} or more" if high is None else f"an integer in {low}..{high}"
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{who}: {name} is {value!r}; allowed is {allowed}") from None
+    if isinstance(value, (bool, np.bool_)) or number < low or (high is not None and number > high):
+        raise ValueError(f"{who}: {name} is {value!r}; allowed is {allowed}")
+    return number
+
+
+def check_block_size(who: str, block_size: Any) -> int:
+    return check_integer(who, "block_size", block_size, 2, None)
+
+
+def check_levels(who: str, levels: Any, block_size: int) -> int:
+    levels = check_integer(who, "levels", levels, 1, MAX_LEVELS)
+    if block_size**levels >= MAX_SPAN:
+        raise ValueError(
+            f"{who}: block_size ** levels is {block_size} ** {levels}; allowed is anything below 2**62. "
+            "Use fewer levels or a smaller block_size"
+        )
+    return levels
+
+
+def check_pyramid(
+    who: str, block_size: Any, levels: Any, topk: Any, key_tokens: int
+) -> tuple[int, int, tuple[int, ...]]:
+    """(block_size, levels, topk per level 1..L), levels chosen from the number of keys where it is None."""
+    block_size = check_block_size(who, block_size)
+    levels = check_levels(who, default_levels(key_tokens, block_size) if levels is None else levels, block_size)
+    return block_size, levels, check_topk(who, topk, levels)
+
+
+def check_topk(who: str, topk: Any, levels: int) -> tuple[int, ...]:
+    """One K_l per level 1..levels, from an int or from one int per level."""
+    limit = 2**31 - 1  # what an int32 index can tell apart
+    if isinstance(topk, Iterable) and not isinstance(topk, (str, bytes)):
+        given = tuple(topk)
+        if len(given) != levels:
+            raise ValueError(
+                f"{who}: topk has {len(given)} entries, {given!r}, for {levels} levels; "
+                "allowed is one integer, or one integer for each of the levels 1..levels"
+            )
+    else:
+        given = (topk,) * levels
+    return tuple(check_integer(who, "topk", k, 1, limit) for k in given)
+
+
+def check_attend_options(
+    who: str, enrich: Any, reweight: Any, scale: Any, precision: Any, *, levels: int, dim: int
+) -> AttendOptions:
+    if not isinstance(reweight, (bool, np.bool_)):
+        raise ValueError(f"{who}: reweight is {reweight!r}; allowed is True or False")
+    if not isinstance(precision, str) or precision not in get_args(Precision):
+        raise ValueError(f"{who}: precision is {precision!r}; allowed is one of {get_args(Precision)}")
+    return AttendOptions(
+        levels=(*sorted(check_enrich(who, enrich, levels), reverse=True), 0),
+        reweight=bool(reweight),
+        scale=check_scale(who, scale, dim),
+        precision=precision,
+    )
+
+
+def check_enrich(who: str, enrich: Any, levels: int) -> tuple[int, ...]:
+    """The coarse levels that take part; None means all of them."""
+    if enrich is None:
+        return tuple(range(1, levels + 1))
+    allowed = f"allowed is None (all of them), () or distinct levels of 1..{levels}"
+    if not isinstance(enrich, Iterable) or isinstance(enrich, (str, bytes)):
+        raise ValueError(f"{who}: enrich is {enrich!r}; {allowed}, as a tuple")
+    given = tuple(enrich)
+    for level in given:
+        check_integer(who, "a level in enrich", level, 1, levels)
+    if len(set(given)) != len(given):
+        raise ValueError(f"{who}: enrich is {given!r} and names a level twice; {allowed}")
+    return tuple(operator.index(level) for level in given)
+
+
+def check_scale(who: str, scale: Any, dim: int) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(dim)
+    allowed = "allowed is a finite number above 0, or None for 1 / sqrt(head dim)"
+    try:
+        number = float(scale)
+    except (TypeError, ValueError):
+        raise ValueError(f"{who}: scale is {scale!r}; {allowed}") from None
+    if not (math.isfinite(number) and number > 0) or isinstance(scale, str):
+        raise ValueError(f"{who}: scale is {scale!r}; {allowed}")
+    return number
+
+
+def check_layout(who: str, layout: Any) -> Layout:
+    if not isinstance(layout, str) or layout not in get_args(Layout):
+        raise ValueError(
+            f"{who}: layout is {layout!r}; allowed is 'bhnd' (batch, heads, tokens, dim) or 'bnhd' (batch, tokens, heads, dim)"
+        )
+    return layout  # type: ignore[no-any-return]
+
+
+def check_needs(who: str, needs: Any) -> frozenset[str]:
+    allowed = "allowed is any of 'q', 'k' and 'v'"
+    if not isinstance(needs, Iterable):
+        raise ValueError(f"{who}: needs is {needs!r}; {allowed}, as a tuple")
+    given = tuple(needs)
+    if not all(name in ("q", "k", "v") for name in given):
+        raise ValueError(f"{who}: needs is {given!r}; {allowed}")
+    return frozenset(given)

@@ -1,0 +1,46 @@
+"""Pooling: the levels of a sequence as means of the tokens they stand for (spec.md, Pooling)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llsa_np.hierarchy import Hierarchy
+from llsa_np.threads import run
+from llsa_np.tiles import Floats
+
+
+def accumulator(dtype: Any) -> Any:
+    """The type in which scores, softmax and all sums accumulate: float64 for float64, else float32."""
+    return np.float64 if dtype == np.float64 else np.float32
+
+
+def pool(x: Floats, hierarchy: Hierarchy, out: list[Floats]) -> None:
+    """out[l - 1][j] = mean of x over the level-0 tokens that token j of level l stands for, l = 1..L.
+
+    x: (batch, heads, tokens, dim), any strides. out: L arrays (batch, heads, n_l, dim) of x's dtype, filled here.
+    """
+    counts = [hierarchy.counts(level).astype(accumulator(x.dtype))[:, None] for level in range(1, hierarchy.levels + 1)]
+
+    def pool_head(head: tuple[int, ...]) -> None:
+        sums = x[head]
+        for level in range(hierarchy.levels):
+            # Children enter as unrounded sums; a level is rounded once, when it is stored.
+            sums = sum_children(sums, hierarchy.block_size)
+            out[level][head] = sums / counts[level]
+
+    run(pool_head, list(np.ndindex(x.shape[:2])), most_inline=max(1, 2**16 // x[0, 0].size) if x.size else 1)
+
+
+def sum_children(x: Floats, block_size: int) -> Floats:
+    """(n, D) -> (ceil(n / b), D): sums over runs of b tokens, the last run ragged."""
+    tokens, dim = x.shape
+    whole = tokens // block_size
+    sums: NDArray[Any] = np.empty((-(-tokens // block_size), dim), accumulator(x.dtype))
+    full = x[: whole * block_size].reshape(whole, block_size, dim)
+    np.add.reduce(full, axis=1, dtype=sums.dtype, out=sums[:whole])
+    if whole < len(sums):
+        np.add.reduce(x[whole * block_size :], axis=0, dtype=sums.dtype, out=sums[whole])
+    return sums

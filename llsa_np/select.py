@@ -1,0 +1,108 @@
+"""Hierarchical Top-K: which tokens of every level a query keeps (spec.md, Selection)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llsa_np.hierarchy import Hierarchy
+from llsa_np.pool import accumulator
+from llsa_np.threads import run
+from llsa_np.tiles import PIECE_BYTES, Floats, Ints, Tile, gather, pieces, siblings, tiles
+
+LANES = 16
+"""Candidates are scored in multiples of this many: BLAS sums the last few rows of a matrix in another order, and equal
+keys must score equally wherever they stand."""
+
+
+def select(
+    q_levels: list[Floats],
+    k_levels: list[Floats],
+    hierarchy: Hierarchy,
+    out: list[NDArray[np.int32]],
+) -> None:
+    """S_l(i) = the K_l candidates of C_l(i) with the largest <Q_l[i], K_l[j]>, for l = L down to 1.
+
+    q_levels: levels 1..L, (batch, heads, m_l, D). k_levels: levels 1..L, (batch, kv_heads, n_l, D). hierarchy: that of
+    the keys. out: for l = 1..L an int32 array (batch, heads, m_l, K_l), filled here: ascending, -1 at the end.
+    """
+    batch, heads = q_levels[0].shape[:2]
+    per_kv_head = max(1, heads // max(1, k_levels[0].shape[1]))
+
+    def select_head(head: tuple[int, ...]) -> None:
+        n, h = head
+        above = None
+        for level in range(hierarchy.levels, 0, -1):
+            selected = out[level - 1][n, h]
+            select_level(
+                q_levels[level - 1][n, h], k_levels[level - 1][n, h // per_kv_head], above, hierarchy, level, selected
+            )
+            above = selected
+
+    run(select_head, list(np.ndindex(batch, heads)), most_inline=max(1, 2048 // q_levels[0].shape[2]))
+
+
+def select_level(
+    q: Floats,
+    k: Floats,
+    above: NDArray[np.int32] | None,
+    hierarchy: Hierarchy,
+    level: int,
+    out: NDArray[np.int32],
+) -> None:
+    """S_l of one head: q (m_l, D), k (n_l, D), above S_{l+1} (m_{l+1}, K_{l+1}) or None on the coarsest level."""
+    acc = accumulator(q.dtype)
+    block_size = hierarchy.block_size
+    row_bytes = 6 * np.dtype(acc).itemsize * hierarchy.lengths[level] if above is None else 0
+    most = max(1, min(1024, PIECE_BYTES // max(1, row_bytes)))
+    for tile in tiles(len(q), block_size, most):
+        blocks = siblings(level, hierarchy, None if above is None else above[tile.ancestors(block_size)])
+        select_tile(q, k, tile, blocks, acc, out)
+
+
+def select_tile(q: Floats, k: Floats, tile: Tile, blocks: Any, acc: Any, out: NDArray[np.int32]) -> None:
+    groups = len(blocks.parents)
+    queries = q[tile.first : tile.first + tile.size].astype(acc).reshape(groups, -1, q.shape[1]).swapaxes(1, 2)
+    scores, tokens = [], []
+    for piece in pieces(blocks, groups * q.shape[1] * 2 * np.dtype(acc).itemsize):
+        keys = gather(k, piece, acc)
+        count = keys.shape[1]
+        padded = np.zeros((groups, -(-count // LANES) * LANES, q.shape[1]), acc)
+        padded[:, :count] = keys
+        scores.append((padded @ queries)[:, :count])  # (G, C, W)
+        tokens.append(piece.tokens if piece.absent is None else np.where(piece.absent, -1, piece.tokens))
+    rows = np.concatenate(scores, axis=1).swapaxes(1, 2)  # (G, W, C)
+    token = np.concatenate(tokens, axis=1)  # (G, C)
+    kept = np.full((tile.size, out.shape[1]), -1, np.int32)
+    best = keep_best(order(rows, token[:, None, :] < 0), out.shape[1])  # (G, W, C)
+    kept_per_row = min(out.shape[1], token.shape[1])
+    chosen = np.broadcast_to(token[:, None, :], rows.shape)[best]
+    kept[:, :kept_per_row] = chosen.reshape(tile.size, kept_per_row)
+    out[tile.first : tile.first + tile.size] = kept
+
+
+def order(scores: Floats, absent: NDArray[np.bool_]) -> Ints | NDArray[np.int32]:
+    """Integers that compare as scores do: +inf > finite > -inf > NaN > absent, -0 equal to +0, all NaNs equal.
+
+    A float's bits, read as an integer, already ascend for positive numbers; for negative ones the magnitude is flipped.
+    """
+    integer = np.int64 if scores.dtype == np.float64 else np.int32
+    limits = np.iinfo(integer)
+    bits = np.ascontiguousarray(scores + scores.dtype.type(0)).view(integer)  # -0 + 0 = +0
+    keys = np.where(bits < 0, bits ^ limits.max, bits)
+    keys[np.isnan(scores)] = limits.min + 1
+    keys[np.broadcast_to(absent, keys.shape)] = limits.min
+    return keys
+
+
+def keep_best(keys: Any, count: int) -> NDArray[np.bool_]:
+    """Where the `count` largest of each row stand, equal ones going to the lower index; all, if there are no more."""
+    length = keys.shape[-1]
+    if count >= length:
+        return np.ones(keys.shape, np.bool_)
+    threshold = np.partition(keys, length - count, axis=-1)[..., length - count, None]
+    above, equal = keys > threshold, keys == threshold
+    missing = count - above.sum(axis=-1, keepdims=True)
+    return above | (equal & (np.cumsum(equal, axis=-1, dtype=np.int32) <= missing))
