@@ -77,16 +77,13 @@ def adapter_of(who: str, name: str, array: Any) -> Adapter:
 
 def common_adapter(who: str, arrays: Mapping[str, Any]) -> Adapter:
     """The one adapter that serves all arguments, or a TypeError that names the two that disagree."""
-    first: Adapter | None = None
-    first_name = ""
-    for name, array in arrays.items():
+    (first_name, first_array), *others = arrays.items()
+    first = adapter_of(who, first_name, first_array)
+    for name, array in others:
         adapter = adapter_of(who, name, array)
-        if first is None:
-            first, first_name = adapter, name
-        elif adapter is not first:
+        if adapter is not first:
             raise TypeError(
                 f"{who}: {first_name} is an array of {first.name} and {name} one of {adapter.name}; "
                 "all arrays of one call come from the same framework"
             )
-    assert first is not None
     return first

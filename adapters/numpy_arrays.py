@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 
 class NumpyAdapter:
+    """Arrays of type numpy.ndarray, in any memory order."""
+
     name = "NumPy"
 
     def owns(self, array: Any) -> bool:

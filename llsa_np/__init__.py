@@ -1,8 +1,8 @@
 """Log-linear Sparse Attention (LLSA, arXiv 2512.16615) for any array framework.
 
-Attention over n tokens at a cost of n log n: every query sees the whole sequence on coarse levels and descends, level by
-level, into the few tokens that matter to it. `attention` is the whole of it; `select`, `attend`, `attend_backward` and
-`pool` are its steps. The NumPy code in this package is the definition; importing it loads NumPy alone.
+Attention over n tokens at a cost of n log n: every query sees the whole sequence on coarse levels and descends, level
+by level, into the few tokens that matter to it. `attention` is the whole of it; `select`, `attend`, `attend_backward`
+and `pool` are its steps. The NumPy code in this package is the definition; importing it loads NumPy alone.
 """
 
 from llsa_np.backends import backends

@@ -33,8 +33,8 @@ def attend(
 ) -> None:
     """out_t = sum_l sum_{j in C_l} c_l[j] exp(scale <q_t, k_l[j]>) v_l[j] / Z_t and lse_t = log Z_t.
 
-    q: (batch, heads, M, D). k_levels, v_levels: levels 0..L, (batch, kv_heads, n_l, D or Dv). out: (batch, heads, M, Dv)
-    of q's dtype and lse: (batch, heads, M) of the accumulation type, filled here. Any strides.
+    q: (batch, heads, M, D). k_levels, v_levels: levels 0..L, (batch, kv_heads, n_l, D or Dv). out: (batch, heads, M,
+    Dv) of q's dtype and lse: (batch, heads, M) of the accumulation type, filled here. Any strides.
     """
     batch, heads, query_tokens, _ = q.shape
     per_kv_head = max(1, heads // max(1, k_levels[0].shape[1]))
@@ -95,7 +95,8 @@ def attend_tile(
 def scaled_columns(q: Floats, scale: float) -> Floats:
     """(T, D) -> scale q^T, (D, T), in the accumulation type. K Q^T of few queries is twice as fast in BLAS as Q K^T."""
     acc = accumulator(q.dtype)
-    return np.multiply(q.T, acc(scale), dtype=acc, order="C")
+    scaled: Floats = np.multiply(q.T, acc(scale), dtype=acc, order="C")
+    return scaled
 
 
 def candidates(
@@ -138,7 +139,7 @@ def score(
     hierarchy: Hierarchy,
     options: AttendOptions,
 ) -> Floats:
-    """Logits scale <q_t, k_l[j]> + log c_l[j], (C, T), of scaled queries (D, T) and keys (G, C, D); -inf where absent."""
+    """Logits scale <q_t, k_l[j]> + log c_l[j], (C, T), of scaled queries (D, T) and keys (G, C, D); -inf if absent."""
     logits: Floats = np.empty((keys.shape[1], queries.shape[1]), queries.dtype)
     np.matmul(keys[:, None], columns(queries, split), out=columns(logits, split))
     by_group = logits.reshape(len(logits), len(keys), -1)  # (C, G, S W)

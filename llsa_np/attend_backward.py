@@ -32,9 +32,9 @@ def attend_backward(
 ) -> None:
     """dS = P (dO v^T - delta + dlse), dq = scale sum dS k_l[j], dk_l[j] = scale sum_t dS q_t, dv_l[j] = sum_t P dO_t.
 
-    dout, out: (batch, heads, M, Dv). q: (batch, heads, M, D). k_levels, v_levels: levels 0..L. lse, dlse: (batch, heads, M).
-    dq, dk, dv: filled here, shaped as q, k, v; None where not needed. Any strides. Each kv head's sums run over its
-    queries in ascending order on one thread, so the same inputs give the same bits.
+    dout, out: (batch, heads, M, Dv). q: (batch, heads, M, D). k_levels, v_levels: levels 0..L. lse, dlse:
+    (batch, heads, M). dq, dk, dv: filled here, shaped as q, k, v; None where not needed. Any strides. Each kv head's
+    sums run over its queries in ascending order on one thread, so the same inputs give the same bits.
     """
     batch, kv_heads = k_levels[0].shape[:2]
     per_kv_head = q.shape[1] // max(1, kv_heads)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from importlib.util import find_spec
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 from llsa_np import numpy_backend
 from llsa_np.hierarchy import Hierarchy
@@ -15,8 +15,19 @@ BackendName = Literal["auto", "numpy", "numba_cuda", "cupy_raw"]
 NAMES: tuple[str, ...] = get_args(BackendName)[1:]
 
 
+class Case(NamedTuple):
+    """What a backend may refuse of a call that passed the checks."""
+
+    operation: str
+    dtype: str
+    dim: int
+    value_dim: int
+    block_size: int
+    topk: tuple[int, ...]
+
+
 class Backend(Protocol):
-    """The four operations over checked arrays in the order (batch, heads, tokens, dim); results are filled, not returned.
+    """The four operations over checked arrays (batch, heads, tokens, dim); results are filled, not returned.
 
     Lists of levels: `pool` fills levels 1..L, `select` reads levels 1..L, `attend` and `attend_backward` levels 0..L.
     """
@@ -25,9 +36,7 @@ class Backend(Protocol):
     device: str
     """Kind of the devices whose arrays it serves: "cpu", "cuda"."""
 
-    def refusals(
-        self, operation: str, dtype: str, dim: int, value_dim: int, block_size: int, topk: tuple[int, ...]
-    ) -> list[str]:
+    def refusals(self, case: Case) -> list[str]:
         """Every reason why this backend cannot serve a call that passed the checks; none if it can."""
 
     def pool(self, x: Any, hierarchy: Hierarchy, out: list[Any]) -> None: ...
@@ -85,23 +94,17 @@ def check_backend(who: str, name: Any) -> str:
     return name
 
 
-def choose(who: str, name: str, device: str, case: dict[str, Any]) -> Backend:
-    """The backend for a call whose arrays lie on `device`: the one that was named, or the first that serves the case."""
-    kind = device.partition(":")[0]
+def choose(name: str, device: str, case: Case) -> Backend:
+    """The backend for a call with arrays on `device`: the one that was named, or the first that serves the case."""
+    who, kind = case.operation, device.partition(":")[0]
     candidates = [_load(other) for other in NAMES if not _reasons(other)] if name == "auto" else [_load(name)]
     here = [backend for backend in candidates if backend.device == kind]
     if not here:
-        raise ValueError(
-            f"{who}: the arrays are on {device}; "
-            + (
-                f"backend {name!r} serves {candidates[0].device} arrays"
-                if name != "auto"
-                else f"no backend that can run here serves it: {backends()}"
-            )
-        )
+        served = ", ".join(f"{backend.name} serves {backend.device}" for backend in candidates)
+        raise ValueError(f"{who}: the arrays are on {device}, and of the backends that may run here {served}")
     refusals: list[str] = []
     for backend in here:
-        reasons = backend.refusals(who, **case)
+        reasons = backend.refusals(case)
         if not reasons:
             return backend
         refusals += [f"{backend.name} {reason}" for reason in reasons]
@@ -124,7 +127,8 @@ def _reasons(name: str) -> list[str]:
     missing = [package for module, package in packages.items() if not _installed(module)]
     if missing:
         reasons.append(
-            f"not installed: {', '.join(missing)} (pip install 'llsa-np[cuda13]', or 'llsa-np[cuda12]' for a CUDA 12 driver)"
+            f"not installed: {', '.join(missing)} "
+            "(pip install 'llsa-np[cuda13]', or 'llsa-np[cuda12]' for a CUDA 12 driver)"
         )
     if not _cuda_devices():
         reasons.append("no CUDA device: the NVIDIA driver is missing or shows none")

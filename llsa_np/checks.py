@@ -55,7 +55,8 @@ def check_floats(who: str, views: dict[str, View]) -> str:
     for name, view in others:
         if view.dtype != first.dtype:
             raise TypeError(
-                f"{who}: {first_name} has dtype {first.dtype} and {name} {view.dtype}; both have the same. Convert one of them"
+                f"{who}: {first_name} has dtype {first.dtype} and {name} {view.dtype}; they must be the same. "
+                "Convert one of them"
             )
     return first.dtype
 
@@ -84,15 +85,17 @@ def check_devices(who: str, views: dict[str, View]) -> str:
 
 
 def check_equal(who: str, what: str, a_name: str, a: View, a_size: int, b_name: str, b: View, b_size: int) -> None:
+    """That two arrays agree on one size."""
     if a_size != b_size:
         raise ValueError(
-            f"{who}: {a_name} has shape {a.shape} and {b_name} {b.shape}; their {what} are {a_size} and {b_size} and must be equal"
+            f"{who}: {a_name} has shape {a.shape} and {b_name} {b.shape}; "
+            f"their {what} are {a_size} and {b_size} and must be equal"
         )
 
 
 def check_queries_keys(who: str, views: dict[str, View], layout: Layout) -> dict[str, Sizes]:
-    """Sizes of q, k and, where given, v, which fit together: same batch; q and k same dim; k and v same heads and tokens;
-    q's heads a multiple of k's."""
+    """Sizes of q, k and, where given, v, which fit together: same batch; q and k the same dim; k and v the same heads
+    and tokens; q's heads a multiple of k's."""
     of = {name: sizes(who, name, view, layout) for name, view in views.items()}
     q, k = views["q"], views["k"]
     check_equal(who, "batch sizes", "q", q, of["q"].batch, "k", k, of["k"].batch)
@@ -124,10 +127,12 @@ def check_selection(who: str, selection: Selection, of: dict[str, Sizes]) -> Non
 
 
 def check_shape(who: str, name: str, view: View, shape: tuple[int, ...], meaning: str) -> None:
+    """That an array has exactly this shape."""
     if tuple(view.shape) != shape:
         raise ValueError(f"{who}: {name} has shape {view.shape}; it must be {shape}, {meaning}")
 
 
 def check_dtype(who: str, name: str, view: View, dtype: str) -> None:
+    """That an array has exactly this dtype."""
     if view.dtype != dtype:
         raise TypeError(f"{who}: {name} has dtype {view.dtype}; it must be {dtype} here. Convert it first")

@@ -1,4 +1,4 @@
-"""The public functions: each checks its arguments once, chooses a backend, has results allocated and lets it fill them."""
+"""The public functions: each checks its arguments once, chooses a backend, has results allocated and filled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llsa_np.adapters import Adapter, View, common_adapter, type_name
-from llsa_np.backends import Backend, BackendName, check_backend, choose
+from llsa_np.backends import Backend, BackendName, Case, check_backend, choose
 from llsa_np.checks import (
     Sizes,
     check_devices,
@@ -107,7 +107,7 @@ def select(
     Scores order as +inf > finite > -inf > NaN; -0 equals +0; equal scores go to the lower index.
 
     q: (batch, heads, M, D). k: (batch, kv_heads, N, D). Arguments as in `attention`.
-    Returns a Selection: per level int32 (batch, heads, ceil(M / b**l), K_l), ascending, padded with -1, in both layouts.
+    Returns a Selection: per level int32 (batch, heads, ceil(M / b**l), K_l), ascending, -1 at the end, in both layouts.
     Not differentiable. Raises as `attention`. Scores accumulate in float32 (float64 for float64).
     Source: spec.md, Selection; arXiv 2512.16615, section 3.
     """
@@ -136,7 +136,7 @@ def attend(
 
     q: (batch, heads, M, D). k: (batch, kv_heads, N, D). v: (batch, kv_heads, N, Dv). selection: made for these sizes by
     `select` or from outside. Other arguments as in `attention`. A row without candidates has out 0 and lse -inf.
-    Returns (out, lse): out in q's dtype and layout, lse (batch, heads, M) float32 (float64 for float64) in both layouts.
+    Returns (out, lse): out in q's dtype and layout, lse (batch, heads, M) in both, float32 (float64 for float64).
     Differentiable in both results where the framework differentiates. Raises as `attention`, and TypeError for a
     selection that is not one or is of another framework, ValueError for one made for other shapes.
     Source: spec.md, Attention.
@@ -170,8 +170,10 @@ def attend_backward(
     backend: BackendName = "auto",
     precision: Precision = "full",
 ) -> tuple[Any, Any, Any]:
-    """Gradients of `attend`: dS = P (dO v^T - <dO, out> + dlse), dq = scale sum dS k_l[j], dk_l[j] = scale sum_t dS q_t,
-    dv_l[j] = sum_t P dO_t; coarse gradients go down through pooling, each token receiving dk_l / c_l of its ancestors.
+    """Gradients of `attend`: dS = P (dO v^T - <dO, out> + dlse), dq_t = scale sum dS k_l[j].
+
+    dk_l[j] = scale sum_t dS q_t and dv_l[j] = sum_t P dO_t go down through pooling: each token receives dk_l / c_l and
+    dv_l / c_l of its ancestor on every level that takes part.
 
     dout: gradient of out, its shape and dtype. dlse: gradient of lse, or None for zero. out, lse: as `attend` returned
     them, under the same selection and options. needs: which of "q", "k", "v" to compute.
@@ -219,7 +221,7 @@ def pool(
     Source: spec.md, Pooling.
     """
     who = "pool"
-    backend = check_backend(who, backend)
+    name = check_backend(who, backend)
     layout = check_layout(who, layout)
     adapter = common_adapter(who, {"x": x})
     view = adapter.view(x, layout)
@@ -227,7 +229,7 @@ def pool(
     dtype = check_floats(who, {"x": view})
     block_size = check_block_size(who, block_size)
     hierarchy = Hierarchy(of.tokens, block_size, check_levels(who, levels, block_size))
-    kernels = choose(who, backend, view.device, _case(dtype, of.dim, of.dim, block_size, ()))
+    kernels = choose(name, view.device, Case(who, dtype, of.dim, of.dim, block_size, ()))
     results = _empty_levels(adapter, view, of, hierarchy, layout)
     kernels.pool(view.array, hierarchy, [level.array for _, level in results])
     return tuple(array for array, _ in results)
@@ -255,8 +257,8 @@ def precompile(
     with it, as with "auto" where there is no GPU, this only checks its arguments, which raise as in `attention`.
     """
     who = "precompile"
-    backend = check_backend(who, backend)
-    name = check_dtype_name(who, dtype)
+    backend_name = check_backend(who, backend)
+    dtype_name = check_dtype_name(who, dtype)
     dim = check_integer(who, "dim", dim, 1, None)
     value_dim = dim if value_dim is None else check_integer(who, "value_dim", value_dim, 1, None)
     block_size = check_block_size(who, block_size)
@@ -272,7 +274,7 @@ def precompile(
         raise ValueError(f"{who}: backward is {backward!r}; allowed is True or False")
     if arch is not None and not (isinstance(arch, str) and arch.startswith("sm_")):
         raise ValueError(f"{who}: arch is {arch!r}; allowed is None or a name such as 'sm_90a'")
-    choose(who, backend, "cpu", _case(name, dim, value_dim, block_size, topks))
+    choose(backend_name, "cpu", Case(who, dtype_name, dim, value_dim, block_size, topks))
 
 
 class Call(NamedTuple):
@@ -288,8 +290,8 @@ class Call(NamedTuple):
 
     def choose(self, block_size: int, topk: tuple[int, ...]) -> Backend:
         value_dim = self.sizes["v"].dim if "v" in self.sizes else self.sizes["q"].dim
-        case = _case(self.dtype, self.sizes["q"].dim, value_dim, block_size, topk)
-        return choose(self.who, self.backend, self.views["q"].device, case)
+        case = Case(self.who, self.dtype, self.sizes["q"].dim, value_dim, block_size, topk)
+        return choose(self.backend, self.views["q"].device, case)
 
     def levels(self, kernels: Backend, name: str, hierarchy: Hierarchy) -> list[Any]:
         """Levels 0..L of an argument."""
@@ -332,32 +334,26 @@ class Call(NamedTuple):
         return array, view.array
 
 
-def _prepare(
-    who: str, backend: Any, layout: Any, arrays: dict[str, Any], selection: Selection | Any | None = None
-) -> Call:
-    """The checks that all calls with queries and keys share, in this order: is the backend there, are the arrays what it
-    takes, do they fit together."""
-    needs_selection = who in ("attend", "attend_backward")
+def _prepare(who: str, backend: Any, layout: Any, arrays: dict[str, Any], *selection: Any) -> Call:
+    """The checks that all calls with queries and keys share, in this order: is the backend there, are the arrays what
+    it takes, do they fit together. selection: the call's Selection, if the operation has one."""
     backend = check_backend(who, backend)
     layout = check_layout(who, layout)
-    if needs_selection and not isinstance(selection, Selection):
-        raise TypeError(
-            f"{who}: selection is a {type_name(selection)}; allowed is a llsa_np.Selection, from select() or Selection(arrays, ...)"
-        )
-    everything = dict(arrays)
-    if needs_selection:
-        everything["selection"] = selection[1]
-    adapter = common_adapter(who, everything)
-    views = {
-        name: adapter.view(array, layout if name not in ("lse", "dlse") else "bhnd") for name, array in arrays.items()
-    }
-    inputs = {name: views[name] for name in ("q", "k", "v") if name in views}
-    of = check_queries_keys(who, inputs, layout)
-    same_dtype = {name: view for name, view in views.items() if name not in ("lse", "dlse")}
-    dtype = check_floats(who, same_dtype)
-    check_devices(who, views | ({"selection": adapter.view(selection[1])} if needs_selection else {}))
-    if needs_selection:
-        check_selection(who, selection, of)
+    selected = {}
+    for given in selection:
+        if not isinstance(given, Selection):
+            raise TypeError(
+                f"{who}: selection is a {type_name(given)}; allowed is a llsa_np.Selection, "
+                "from select() or Selection(arrays, ...)"
+            )
+        selected["selection"] = given[1]
+    adapter = common_adapter(who, arrays | selected)
+    views = {name: adapter.view(x, "bhnd" if name in ("lse", "dlse") else layout) for name, x in arrays.items()}
+    of = check_queries_keys(who, {name: view for name, view in views.items() if name in ("q", "k", "v")}, layout)
+    dtype = check_floats(who, {name: view for name, view in views.items() if name not in ("lse", "dlse")})
+    check_devices(who, views | {name: adapter.view(x) for name, x in selected.items()})
+    for given in selection:
+        check_selection(who, given, of)
     if "dout" in views:
         _check_results(who, views, of, dtype, layout)
     return Call(who, backend, layout, adapter, views, of, dtype)
@@ -379,8 +375,3 @@ def _empty_levels(
     adapter: Adapter, view: View, of: Sizes, hierarchy: Hierarchy, layout: Layout
 ) -> list[tuple[Any, View]]:
     return [adapter.empty((of.batch, of.heads, length, of.dim), None, view, layout) for length in hierarchy.lengths[1:]]
-
-
-def _case(dtype: str, dim: int, value_dim: int, block_size: int, topk: tuple[int, ...]) -> dict[str, Any]:
-    """What a backend may refuse."""
-    return {"dtype": dtype, "dim": dim, "value_dim": value_dim, "block_size": block_size, "topk": topk}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,20 +36,25 @@ class Hierarchy:
         object.__setattr__(self, "block_size", block_size)
         object.__setattr__(self, "levels", levels)
 
+    def stride(self, level: int) -> int:
+        """b**l: how many level-0 tokens a token of a level stands for, but for the ragged last one."""
+        stride: int = self.block_size**level
+        return stride
+
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """(n_0, ..., n_L): the number of tokens of every level, n_l = ceil(tokens / block_size ** l)."""
-        return tuple(-(-self.tokens // self.block_size**level) for level in range(self.levels + 1))
+        return tuple(-(-self.tokens // self.stride(level)) for level in range(self.levels + 1))
 
     def counts(self, level: int) -> NDArray[np.int64]:
         """c_l[j], int64 (n_l,): how many level-0 tokens token j stands for; block_size ** l but in the ragged tail."""
-        counts = np.full(self._length(level), min(self.block_size**level, self.tokens), np.int64)
+        counts = np.full(self._length(level), min(self.stride(level), self.tokens), np.int64)
         counts[-1] = self.last_count(level)
         return counts
 
     def last_count(self, level: int) -> int:
         """The count of the last token of a level, the only one that may stand for fewer than block_size ** level."""
-        return self.tokens - (self._length(level) - 1) * self.block_size**level
+        return self.tokens - (self._length(level) - 1) * self.stride(level)
 
     def children(self, level: int, token: int) -> range:
         """The tokens of level - 1 that this token of a level >= 1 stands for: j*b .. min((j + 1)*b, n_{l-1}) - 1."""
@@ -63,21 +67,21 @@ class Hierarchy:
     def span(self, level: int, token: int) -> range:
         """The level-0 tokens that a token of a level stands for: j*b**l .. min((j + 1)*b**l, tokens) - 1."""
         self._check_token(level, token)
-        size = self.block_size**level
+        size = self.stride(level)
         return range(token * size, min((token + 1) * size, self.tokens))
 
     def ancestor(self, level: int, token: int) -> int:
         """anc_l(t) = t // block_size ** l: the token of a level that stands for level-0 token t."""
         self._length(level)
         self._check_token(0, token)
-        return token // self.block_size**level
+        return token // self.stride(level)
 
-    def _length(self, level: Any) -> int:
+    def _length(self, level: int) -> int:
         if not 0 <= level <= self.levels:
             raise ValueError(f"Hierarchy: level is {level!r}; this hierarchy has levels 0..{self.levels}")
         return self.lengths[level]
 
-    def _check_token(self, level: int, token: Any) -> None:
+    def _check_token(self, level: int, token: int) -> None:
         length = self._length(level)
         if not 0 <= token < length:
             raise ValueError(f"Hierarchy: token is {token!r}; level {level} has tokens 0..{length - 1}")

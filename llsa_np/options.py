@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
@@ -33,7 +33,7 @@ def check_integer(who: str, name: str, value: Any, low: int, high: int | None) -
     """The value as an int within low..high (high None: no upper end)."""
     allowed = f"an integer of {low} or more" if high is None else f"an integer in {low}..{high}"
     try:
-        number = operator.index(value)
+        number: int = operator.index(value)
     except TypeError:
         raise ValueError(f"{who}: {name} is {value!r}; allowed is {allowed}") from None
     if isinstance(value, (bool, np.bool_)) or number < low or (high is not None and number > high):
@@ -42,17 +42,19 @@ def check_integer(who: str, name: str, value: Any, low: int, high: int | None) -
 
 
 def check_block_size(who: str, block_size: Any) -> int:
+    """The block size as an int of 2 or more."""
     return check_integer(who, "block_size", block_size, 2, None)
 
 
 def check_levels(who: str, levels: Any, block_size: int) -> int:
-    levels = check_integer(who, "levels", levels, 1, MAX_LEVELS)
-    if block_size**levels >= MAX_SPAN:
+    """The number of coarse levels, 1..16, such that a token of the coarsest stands for fewer than 2**62."""
+    number = check_integer(who, "levels", levels, 1, MAX_LEVELS)
+    if block_size**number >= MAX_SPAN:
         raise ValueError(
-            f"{who}: block_size ** levels is {block_size} ** {levels}; allowed is anything below 2**62. "
+            f"{who}: block_size ** levels is {block_size} ** {number}; allowed is anything below 2**62. "
             "Use fewer levels or a smaller block_size"
         )
-    return levels
+    return number
 
 
 def check_pyramid(
@@ -82,6 +84,7 @@ def check_topk(who: str, topk: Any, levels: int) -> tuple[int, ...]:
 def check_attend_options(
     who: str, enrich: Any, reweight: Any, scale: Any, precision: Any, *, levels: int, dim: int
 ) -> AttendOptions:
+    """The options of `attend`, checked and with their defaults filled in."""
     if not isinstance(reweight, (bool, np.bool_)):
         raise ValueError(f"{who}: reweight is {reweight!r}; allowed is True or False")
     if not isinstance(precision, str) or precision not in get_args(Precision):
@@ -90,7 +93,7 @@ def check_attend_options(
         levels=(*sorted(check_enrich(who, enrich, levels), reverse=True), 0),
         reweight=bool(reweight),
         scale=check_scale(who, scale, dim),
-        precision=precision,
+        precision=cast(Precision, precision),
     )
 
 
@@ -110,6 +113,7 @@ def check_enrich(who: str, enrich: Any, levels: int) -> tuple[int, ...]:
 
 
 def check_scale(who: str, scale: Any, dim: int) -> float:
+    """The scale of the logits; None means 1 / sqrt(dim)."""
     if scale is None:
         return 1.0 / math.sqrt(dim)
     allowed = "allowed is a finite number above 0, or None for 1 / sqrt(head dim)"
@@ -123,14 +127,17 @@ def check_scale(who: str, scale: Any, dim: int) -> float:
 
 
 def check_layout(who: str, layout: Any) -> Layout:
+    """The layout, if it is one."""
     if not isinstance(layout, str) or layout not in get_args(Layout):
         raise ValueError(
-            f"{who}: layout is {layout!r}; allowed is 'bhnd' (batch, heads, tokens, dim) or 'bnhd' (batch, tokens, heads, dim)"
+            f"{who}: layout is {layout!r}; allowed is 'bhnd' (batch, heads, tokens, dim) "
+            "or 'bnhd' (batch, tokens, heads, dim)"
         )
-    return layout  # type: ignore[no-any-return]
+    return cast(Layout, layout)
 
 
 def check_needs(who: str, needs: Any) -> frozenset[str]:
+    """Which gradients are asked for."""
     allowed = "allowed is any of 'q', 'k' and 'v'"
     if not isinstance(needs, Iterable):
         raise ValueError(f"{who}: needs is {needs!r}; {allowed}, as a tuple")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from llsa_np.hierarchy import Hierarchy
 from llsa_np.pool import accumulator
 from llsa_np.threads import run
-from llsa_np.tiles import PIECE_BYTES, Floats, Ints, Tile, gather, pieces, siblings, tiles
+from llsa_np.tiles import PIECE_BYTES, Floats, Siblings, Tile, gather, pieces, siblings, tiles
 
 LANES = 16
 """Candidates are scored in multiples of this many: BLAS sums the last few rows of a matrix in another order, and equal
@@ -62,7 +62,8 @@ def select_level(
         select_tile(q, k, tile, blocks, acc, out)
 
 
-def select_tile(q: Floats, k: Floats, tile: Tile, blocks: Any, acc: Any, out: NDArray[np.int32]) -> None:
+def select_tile(q: Floats, k: Floats, tile: Tile, blocks: Siblings, acc: Any, out: NDArray[np.int32]) -> None:
+    """S_l of one tile of level-l queries: score all candidates, keep the best of each row."""
     groups = len(blocks.parents)
     queries = q[tile.first : tile.first + tile.size].astype(acc).reshape(groups, -1, q.shape[1]).swapaxes(1, 2)
     scores, tokens = [], []
@@ -83,21 +84,21 @@ def select_tile(q: Floats, k: Floats, tile: Tile, blocks: Any, acc: Any, out: ND
     out[tile.first : tile.first + tile.size] = kept
 
 
-def order(scores: Floats, absent: NDArray[np.bool_]) -> Ints | NDArray[np.int32]:
+def order(scores: Floats, absent: NDArray[np.bool_]) -> NDArray[np.signedinteger[Any]]:
     """Integers that compare as scores do: +inf > finite > -inf > NaN > absent, -0 equal to +0, all NaNs equal.
 
     A float's bits, read as an integer, already ascend for positive numbers; for negative ones the magnitude is flipped.
     """
     integer = np.int64 if scores.dtype == np.float64 else np.int32
     limits = np.iinfo(integer)
-    bits = np.ascontiguousarray(scores + scores.dtype.type(0)).view(integer)  # -0 + 0 = +0
-    keys = np.where(bits < 0, bits ^ limits.max, bits)
+    bits: Any = np.ascontiguousarray(scores + scores.dtype.type(0)).view(integer)  # -0 + 0 = +0
+    keys: NDArray[np.signedinteger[Any]] = np.where(bits < 0, bits ^ limits.max, bits)
     keys[np.isnan(scores)] = limits.min + 1
     keys[np.broadcast_to(absent, keys.shape)] = limits.min
     return keys
 
 
-def keep_best(keys: Any, count: int) -> NDArray[np.bool_]:
+def keep_best(keys: NDArray[np.signedinteger[Any]], count: int) -> NDArray[np.bool_]:
     """Where the `count` largest of each row stand, equal ones going to the lower index; all, if there are no more."""
     length = keys.shape[-1]
     if count >= length:
@@ -105,4 +106,5 @@ def keep_best(keys: Any, count: int) -> NDArray[np.bool_]:
     threshold = np.partition(keys, length - count, axis=-1)[..., length - count, None]
     above, equal = keys > threshold, keys == threshold
     missing = count - above.sum(axis=-1, keepdims=True)
-    return above | (equal & (np.cumsum(equal, axis=-1, dtype=np.int32) <= missing))
+    best: NDArray[np.bool_] = above | (equal & (np.cumsum(equal, axis=-1, dtype=np.int32) <= missing))
+    return best

@@ -22,8 +22,8 @@ class Selection:
     validate: shapes are always checked. Values are checked by default for arrays in host memory, and for device arrays
     only with validate=True, which synchronises. Where they are not, an index outside 0..n_l - 1 counts as -1, forward
     and backward, while order and uniqueness are the caller's.
-    Attributes: .block_size .levels .topk (K_1..K_L) .query_tokens .key_tokens .batch .heads, and .query_hierarchy and
-    .key_hierarchy. Immutable; the arrays are kept, not copied.
+    Attributes: .block_size .levels .topk (K_1..K_L) .query_tokens .key_tokens .batch .heads, and .query_hierarchy
+    and .key_hierarchy. Immutable; the arrays are kept, not copied.
 
     Raises TypeError for arrays that are not int32 or of different frameworks; ValueError for shapes that do not fit
     together, options out of range, or values that break the rules above. Source: spec.md, Selection.
@@ -65,10 +65,11 @@ class Selection:
         for level, view in enumerate(views, 1):
             if view.dtype != "int32":
                 raise TypeError(f"{who}: the array of level {level} has dtype {view.dtype}; allowed is int32")
-            if len(view.shape) != 4 or view.shape[2] != query_hierarchy.lengths[level] or view.shape[3] < 1:
+            length = query_hierarchy.lengths[level]
+            if len(view.shape) != 4 or view.shape[2] != length or view.shape[3] < 1:
                 raise ValueError(
-                    f"{who}: the array of level {level} has shape {view.shape}; for {query_tokens} queries and block_size "
-                    f"{block_size} it is (batch, heads, {query_hierarchy.lengths[level]}, K) with K of 1 or more"
+                    f"{who}: the array of level {level} has shape {view.shape}; "
+                    f"for {query_tokens} queries and block_size {block_size} it is (batch, heads, {length}, K), K >= 1"
                 )
             if view.shape[:2] != views[0].shape[:2] or view.device != views[0].device:
                 raise ValueError(
@@ -147,7 +148,7 @@ def _check_rows(who: str, level: int, rows: NDArray[np.int32], length: int) -> N
     if wrong.any():
         batch, head, query, _ = (int(i) for i in np.argwhere(wrong)[0])
         raise ValueError(
-            f"{who}: level {level} has the row {rows[batch, head, query].tolist()} at batch {batch}, head {head}, query "
-            f"{query}; a row is ascending and unique within 0..{length - 1}, with -1 only at its end. Sort each row "
-            "and pad it with -1"
+            f"{who}: level {level} has the row {rows[batch, head, query].tolist()} "
+            f"at batch {batch}, head {head}, query {query}; a row is ascending and unique within 0..{length - 1}, "
+            "with -1 only at its end. Sort each row and pad it with -1"
         )

@@ -1,9 +1,9 @@
 """How the NumPy reference walks through queries and their candidates without ever holding them all.
 
-Queries come in tiles. A tile starts at a multiple of some b**j, is a multiple of b**j long, and lies inside one block of
-b**(j + 1): on every level up to j it is a whole number of query groups, and on every level above it lies inside one, so the
-same small matrix products serve every level. Candidates of a group are whole sibling blocks: the children of the tokens it selected one
-level up (spec.md, Attention).
+Queries come in tiles. A tile starts at a multiple of some b**j, is a multiple of b**j long, and lies inside one block
+of b**(j + 1): on every level up to j it is a whole number of query groups, and on every level above it lies inside one,
+so the same small matrix products serve every level. Candidates of a group are whole sibling blocks: the children of the
+tokens it selected one level up (spec.md, Attention).
 
 Sizes: T queries of a tile, G groups of a tile, S strips of a group, W queries of a strip (T = G S W), C candidates of a
 group, D and Dv head dims of keys and values.
@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 
 from llsa_np.hierarchy import Hierarchy
 
-Floats = NDArray[np.floating[Any]]
+Floats = NDArray[Any]  # of any of the four dtypes, bfloat16 among them
 Ints = NDArray[np.int64]
 
 MOST_QUERIES = 1024
 """Most queries of a tile: enough that NumPy's call overhead is a few percent of the time, few enough for the cache."""
 
 STRIP = 32
-"""Queries of one matrix product, where b allows: products this small run at full speed and stay below OpenBLAS's threshold
-for threads, so they run on the thread that asked."""
+"""Queries of one matrix product, where b allows: products this small run at full speed and stay below OpenBLAS's
+threshold for threads, so they run on the thread that asked."""
 
 PIECE_BYTES = 8 * 2**20
 """What the candidates' keys, values and scores of one piece may take, per thread."""
@@ -136,7 +136,7 @@ def gather(level: Floats, piece: Piece, dtype: Any) -> Floats:
 
 
 def log_weights(level: int, hierarchy: Hierarchy, piece: Piece) -> Floats | float:
-    """log c_l of a piece's candidates, as it broadcasts over (C, G, queries): l log b but for the level's last token."""
+    """log c_l of a piece's candidates, broadcasting over (C, G, queries): l log b but for the level's last token."""
     full = min(hierarchy.block_size**level, hierarchy.tokens)
     last, last_count = hierarchy.lengths[level] - 1, hierarchy.last_count(level)
     if last_count == full or not (at_end := piece.tokens.T == last).any():

@@ -11,7 +11,7 @@ from llsa_np.options import check_integer
 
 
 def zorder(*shape: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(order, inverse): x[order] puts the cells of a grid, given in row-major order, into Z-order; y[inverse] undoes it.
+    """(order, inverse): x[order] puts a grid's cells, given in row-major order, into Z-order; y[inverse] undoes it.
 
     A cell's place is its Morton code: the bits of its coordinates interleaved, the last axis taking the lowest bit.
     shape: the grid's size on each of any number of axes; sizes that are no power of two give the Morton order of the
