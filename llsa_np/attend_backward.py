@@ -95,9 +95,9 @@ def backward_tile(
 ) -> Floats | None:
     """Adds one tile's part to dk_levels and dv_levels; returns its dq (T, D)."""
     acc = accumulator(q.dtype)
-    dout = dout.astype(acc, copy=False)
+    dout = dout.astype(acc, order="C", copy=False)
     queries, dout_columns = scaled_columns(q, options.scale), scaled_columns(dout, 1.0)  # (D, T), (Dv, T)
-    delta = (dout * out).sum(axis=-1)  # (T,)
+    delta = np.multiply(dout, out, order="C").sum(axis=-1)  # (T,)
     if dlse is not None:
         delta -= dlse
     empty = lse == -np.inf  # rows without candidates: P = 0 and no gradient, whatever dO holds

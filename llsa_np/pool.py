@@ -12,6 +12,10 @@ from llsa_np.threads import run
 from llsa_np.tiles import Floats
 
 
+RUN_NUMBERS = 2**16
+"""How many numbers are converted and summed at a time: few enough for the cache."""
+
+
 def accumulator(dtype: Any) -> Any:
     """The type in which scores, softmax and all sums accumulate: float64 for float64, else float32."""
     return np.float64 if dtype == np.float64 else np.float32
@@ -35,12 +39,19 @@ def pool(x: Floats, hierarchy: Hierarchy, out: list[Floats]) -> None:
 
 
 def sum_children(x: Floats, block_size: int) -> Floats:
-    """(n, D) -> (ceil(n / b), D): sums over runs of b tokens, the last run ragged."""
+    """(n, D) -> (ceil(n / b), D): sums over runs of b tokens, the last run ragged.
+
+    Runs are copied, a few at a time, into one memory order, so that the order of a sum does not depend on x's strides.
+    """
     tokens, dim = x.shape
-    whole = tokens // block_size
     sums: NDArray[Any] = np.empty((-(-tokens // block_size), dim), accumulator(x.dtype))
-    full = x[: whole * block_size].reshape(whole, block_size, dim)
-    np.add.reduce(full, axis=1, dtype=sums.dtype, out=sums[:whole])
+    whole = tokens // block_size
+    step = max(1, RUN_NUMBERS // (block_size * dim))
+    for first in range(0, whole, step):
+        last = min(first + step, whole)
+        runs = x[first * block_size : last * block_size].astype(sums.dtype, order="C", copy=False)
+        np.add.reduce(runs.reshape(last - first, block_size, dim), axis=1, out=sums[first:last])
     if whole < len(sums):
-        np.add.reduce(x[whole * block_size :], axis=0, dtype=sums.dtype, out=sums[whole])
+        tail = x[whole * block_size :].astype(sums.dtype, order="C", copy=False)
+        np.add.reduce(tail, axis=0, out=sums[whole])
     return sums

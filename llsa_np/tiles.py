@@ -129,7 +129,7 @@ def gather(level: Floats, piece: Piece, dtype: Any) -> Floats:
     """Rows of a level (n_l, D) for a piece's candidates, (G, C, D) in the accumulation type; zeros where absent."""
     # take is twice as fast as indexing, but would copy the whole level first if it is not contiguous
     rows = np.take(level, piece.tokens, axis=0) if level.flags.c_contiguous else level[piece.tokens]
-    rows = rows.astype(dtype, copy=False)
+    rows = rows.astype(dtype, order="C", copy=False)
     if piece.absent is not None:
         rows[piece.absent] = 0  # a NaN there must not reach anyone
     return rows
