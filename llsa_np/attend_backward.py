@@ -164,8 +164,10 @@ def unpool(levels: dict[int, Floats], hierarchy: Hierarchy) -> Floats:
             own /= hierarchy.counts(level).astype(own.dtype)[:, None]
         if carried is not None:
             whole = len(own) // hierarchy.block_size
-            full = own[: whole * hierarchy.block_size].reshape(whole, hierarchy.block_size, own.shape[1])
-            full += carried[:whole, None]
-            own[whole * hierarchy.block_size :] += carried[whole:]  # the ragged tail: at most one parent
+            tail = own[whole * hierarchy.block_size :]
+            if whole:
+                full = own[: len(own) - len(tail)].reshape(whole, hierarchy.block_size, own.shape[1])
+                full += carried[:whole, None]
+            tail += carried[whole:]  # at most one parent
         carried = own
     return levels[0]

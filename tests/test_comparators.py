@@ -1,0 +1,225 @@
+"""The comparators must catch what they are there for: each planted mutation of a right result is found out.
+
+A mutation is planted where a real bug sits: in the levels, weights, tails or strides that the computation is given.
+"""
+
+import importlib
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from calls import reference, run
+from frameworks import NumPy
+from hypothesis import assume, given, settings
+from strategies import DTYPES, Case, cases
+
+import llsa_np as llsa
+from llsa_np.accuracy import compare, error, exact, lse_error, selection_is_right
+from llsa_np.options import AttendOptions
+
+CASE = Case(dtype="float32", query_tokens=45, key_tokens=45, dim=8, value_dim=8, levels=2, topk=2, group=2, kv_heads=2)
+
+
+def worst(results, case=CASE, expected=None):
+    expected = reference(case, results.selection) if expected is None else expected
+    return compare(results.arrays, expected, case.dtype)
+
+
+def test_a_right_result_passes():
+    assert max(worst(run(CASE, "numpy", NumPy)).values()) <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_dropped_level(dtype):
+    case = CASE.but(dtype=dtype)
+    right = run(case, "numpy", NumPy)
+    for level in (1, 2):
+        rest = tuple(other for other in (1, 2) if other != level)
+        wrong = run(case, "numpy", NumPy, selection=right.selection, enrich=rest)
+        ratios = worst(wrong, case, reference(case, right.selection))
+        assert min(ratios.values()) > 1, f"dropping level {level} passed: {ratios}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_missing_count_weight(dtype):
+    case = CASE.but(dtype=dtype)
+    right = run(case, "numpy", NumPy)
+    wrong = run(case, "numpy", NumPy, selection=right.selection, reweight=False)
+    assert min(worst(wrong, case, reference(case, right.selection)).values()) > 1
+
+
+def test_the_tails_count_taken_for_a_whole_block(monkeypatch):
+    """The last token of every coarse level weighed as if it stood for b**l tokens."""
+    right = run(CASE, "numpy", NumPy)
+    expected = reference(CASE, right.selection)
+    attend_module = importlib.import_module("llsa_np.attend")
+    monkeypatch.setattr(
+        attend_module, "log_weights", lambda level, hierarchy, _: level * math.log(hierarchy.block_size)
+    )
+    ratios = worst(run(CASE, "numpy", NumPy, selection=right.selection), CASE, expected)
+    assert min(ratios.values()) > 1, ratios
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_off_by_one_tail(dtype):
+    """The last key never read: what is left is attention over one key fewer."""
+    case = CASE.but(dtype=dtype)
+    right = run(case, "numpy", NumPy)
+    q, k, v, dout, dlse = case.arrays()
+    k, v = k.copy(), v.copy()
+    k[:, :, -1], v[:, :, -1] = 0, 0
+    wrong = run(case, "numpy", NumPy, (q, k, v, dout, dlse), right.selection)
+    assert min(worst(wrong, case, reference(case, right.selection)).values()) > 1
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "dout"])
+def test_a_wrong_stride(name):
+    """One input read with the strides of its transpose: the same numbers in another order."""
+    case = CASE.but(dtype="bfloat16")
+    right = run(case, "numpy", NumPy)
+    arrays = dict(zip(("q", "k", "v", "dout", "dlse"), case.arrays()))
+    x = arrays[name]
+    arrays[name] = np.ascontiguousarray(x.swapaxes(2, 3)).reshape(x.shape)
+    wrong = run(case, "numpy", NumPy, tuple(arrays.values()), right.selection)
+    ratios = worst(wrong, case, reference(case, right.selection))
+    assert max(ratios.values()) > 1, ratios
+
+
+@pytest.mark.parametrize("name", ["out", "lse", "dq", "dk", "dv"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_one_element_never_written(name, value):
+    results = run(CASE, "numpy", NumPy)
+    results[name].flat[-1] = value
+    assert worst(results)[name] == math.inf
+
+
+@pytest.mark.parametrize("name", ["out", "lse", "dq", "dk", "dv"])
+def test_a_row_of_zeros(name):
+    results = run(CASE, "numpy", NumPy)
+    results[name][0, -1, -1] = 0
+    assert worst(results)[name] > 1
+
+
+@pytest.mark.parametrize("name", ["out", "lse", "dq", "dk", "dv"])
+def test_a_wrong_dtype_or_shape(name):
+    results = run(CASE, "numpy", NumPy)
+    right = results[name]
+    results.arrays[name] = right.astype(np.float64)
+    assert worst(results)[name] == math.inf
+    results.arrays[name] = right[:, :, :-1]
+    assert worst(results)[name] == math.inf
+
+
+def test_key_gradients_not_divided_by_the_count():
+    right = run(CASE, "numpy", NumPy)
+    only_coarse = reference(CASE, right.selection)
+    for name in ("dk", "dv"):
+        right.arrays[name] = right[name] * np.float32(1.001)
+        assert worst(right, CASE, only_coarse)[name] > 1
+
+
+def test_bounds_are_not_loose():
+    """A result off by twice its bound fails, whatever the size of the numbers."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 3, 50, 8))
+    for magnitude in (2.0**-8, 1.0, 2.0**4):
+        noise = rng.standard_normal(x.shape)
+        noise *= np.linalg.norm(x) / np.linalg.norm(noise)
+        assert error(magnitude * (x + 2e-6 * noise), magnitude * x, magnitude * np.abs(x)) > 1.9e-6
+    assert lse_error(np.array([1.0, -np.inf]), np.array([1.0, 0.0])) == math.inf
+    assert lse_error(np.array([1.0, 0.0]), np.array([1.0, -np.inf])) == math.inf
+    assert lse_error(np.array([1.0, np.nan]), np.array([1.0, 0.0])) == math.inf
+    assert lse_error(np.array([3.0, -np.inf]), np.array([1.0, -np.inf])) == 2.0
+
+
+def test_nothing_against_nothing():
+    zero = np.zeros((1, 1, 2, 3))
+    assert error(zero, zero, zero) == 0
+    assert error(zero + 1e-30, zero, zero) == math.inf
+
+
+@given(case=cases(exponents=(0, 0, 0, 0)))
+@settings(max_examples=40)
+def test_sizes_are_never_below_the_results(case):
+    """T is the sum with nothing cancelling, so no element of the result exceeds what it is made of."""
+    results = run(case, "numpy", NumPy)
+    expected = reference(case, results.selection)
+    for name in ("out", "dv"):
+        assert (np.abs(expected.results[name]) <= expected.sizes[name] * (1 + 1e-9) + 1e-12).all()
+    for name in ("dq", "dk"):
+        # a_tj has a mean of |dO_d v_d| in it where the sum has their product, at most sqrt(Dv) times as much
+        limit = expected.sizes[name] * math.sqrt(case.value_dim) * (1 + 1e-9) + 1e-12
+        assert (np.abs(expected.results[name]) <= limit).all()
+
+
+def test_lambda_is_the_largest_product():
+    q, k, v, *_ = CASE.arrays()
+    selection = llsa.Selection(
+        [np.broadcast_to(np.arange(12, dtype=np.int32), (1, 4, 12, 12)), np.zeros((1, 4, 3, 1), np.int32)],
+        block_size=4,
+        query_tokens=45,
+        key_tokens=45,
+    )
+    checked = AttendOptions(levels=(0,), reweight=True, scale=0.5, precision="full")
+    largest = exact(q, k, v, selection, checked).largest
+    q, k = np.abs(q.astype(np.float64)), np.abs(np.repeat(k, 2, axis=1).astype(np.float64))
+    assert largest == pytest.approx(0.5 * (q @ k.swapaxes(2, 3)).max(), rel=1e-6)
+
+
+@given(case=cases(dtypes=("float32", "bfloat16"), exponents=(0, 0, 0, 0), data="normal"))
+@settings(max_examples=60)
+def test_wrong_selections_are_caught(case):
+    q, k, *_ = case.arrays()
+    q, k = case.to_bhnd(q), case.to_bhnd(k)
+    selection = run(case, "numpy", NumPy).selection
+    assert selection_is_right(q, k, selection)
+    rows = [level.copy() for level in selection]
+    coarsest, length = rows[-1], selection.key_hierarchy.lengths[-1]
+    assume(coarsest.shape[3] < length)  # something was rejected
+
+    def with_coarsest(changed):
+        changed = [*rows[:-1], changed.astype(np.int32)]
+        made = object.__new__(llsa.Selection)
+        for name in llsa.Selection.__slots__:
+            object.__setattr__(made, name, getattr(selection, name))
+        object.__setattr__(made, "_arrays", tuple(changed))
+        return made
+
+    out_of_range, unsorted, short = coarsest.copy(), coarsest.copy(), coarsest.copy()
+    out_of_range[0, 0, 0, -1] = length
+    unsorted[0, 0, 0] = unsorted[0, 0, 0, ::-1]
+    short[0, 0, 0, -1] = -1
+    assert not selection_is_right(q, k, with_coarsest(out_of_range))
+    assert not selection_is_right(q, k, with_coarsest(short))
+    if coarsest.shape[3] > 1:
+        assert not selection_is_right(q, k, with_coarsest(unsorted))
+        repeated = coarsest.copy()
+        repeated[0, 0, 0, 1] = repeated[0, 0, 0, 0]
+        assert not selection_is_right(q, k, with_coarsest(repeated))
+
+
+def test_the_worst_tokens_instead_of_the_best():
+    case = CASE.but(dtype="float32", levels=1, data="normal")
+    q, k, *_ = case.arrays()
+    wrong = llsa.select(-q, k, block_size=4, levels=1, topk=2)
+    assert not selection_is_right(q, k, wrong)
+    assert selection_is_right(-q, k, wrong)
+
+
+def test_children_of_somebody_elses_parents():
+    case = CASE.but(dtype="float32")
+    q, k, *_ = case.arrays()
+    selection = run(case, "numpy", NumPy).selection
+    rows = np.stack([selection[1][:, :, (i + 5) % 12] for i in range(12)], axis=2)
+    moved = llsa.Selection([rows, selection[2]], block_size=4, query_tokens=45, key_tokens=45)
+    assert not selection_is_right(q, k, moved)
+
+
+def test_options_reach_the_reference():
+    """The reference itself answers to every option, or a backend that ignores one would pass."""
+    right = run(CASE, "numpy", NumPy)
+    plain = reference(CASE, right.selection).results["out"]
+    for options in ({"enrich": ()}, {"enrich": (2,)}, {"reweight": False}, {"scale": 1.0}):
+        assert np.abs(reference(CASE, right.selection, **options).results["out"] - plain).max() > 1e-3
+    assert replace(reference(CASE, right.selection), largest=0.0).largest == 0.0

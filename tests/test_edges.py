@@ -1,0 +1,282 @@
+"""The edges of what can be asked: empty, tiny, deep, tied, not finite, from outside, and large in memory."""
+
+import tracemalloc
+
+import ml_dtypes
+import numpy as np
+import pytest
+from calls import assert_same_bits, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import DTYPES, Case, cases
+
+import llsa_np as llsa
+
+
+@pytest.mark.parametrize(("batch", "kv_heads", "group"), [(0, 2, 1), (2, 0, 1), (2, 2, 0), (0, 0, 0)])
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
+def test_empty_batch_or_heads(backend, framework, batch, kv_heads, group, layout):
+    case = Case(batch=batch, kv_heads=kv_heads, group=group, layout=layout, value_dim=3, dtype="float32")
+    results = run(case, backend, framework)
+    assert results["out"].shape == (batch, kv_heads * group, 20, 3)
+    assert results["lse"].shape == (batch, kv_heads * group, 20)
+    assert results["dk"].shape == (batch, kv_heads, 20, 4)
+    for name in ("dk", "dv"):
+        assert (results[name] == 0).all(), "keys that no query reads have zero gradients"
+    assert [level.shape[:2] for level in results.selection] == [(batch, kv_heads * group)]
+    pooled = llsa.pool(framework.array(case.arrays()[1]), levels=2, layout=layout, backend=backend)
+    assert case.to_bhnd(framework.to_numpy(pooled[1])).shape == (batch, kv_heads, 1, 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_token(backend, framework, dtype):
+    case = Case(dtype=dtype, query_tokens=1, key_tokens=1, levels=3, topk=5)
+    results = run(case, backend, framework)
+    q, k, v, *_ = (x.astype(np.float64) for x in case.arrays())
+    assert [level[0, 0].tolist() for level in results.selection] == [[[0, -1, -1, -1, -1]]] * 3
+    np.testing.assert_allclose(results["out"].astype(np.float64), v, rtol=8e-3)
+    np.testing.assert_allclose(results["lse"], 0.5 * (q * k).sum(-1) + np.log(4), rtol=1e-5)
+
+
+def test_levels_past_one_token_repeat(backend, framework):
+    """Each repeat takes part as a level of its own, its weight N counted each time."""
+    case = Case(key_tokens=10, query_tokens=10, block_size=4, levels=5, topk=3)
+    results = run(case, backend, framework)
+    for level in (2, 3, 4, 5):
+        rows = results.selection[level]
+        assert (rows[..., 0] == 0).all()
+        assert rows.shape[2] == 1
+        if level > 2:
+            assert (rows[..., 1:] == -1).all()
+    q, k, *_ = (x.astype(np.float64) for x in case.arrays())
+    lse = []
+    for enrich in ((), (3,), (3, 4), (3, 4, 5)):
+        lse.append(run(case, backend, framework, enrich=enrich)["lse"])
+    once = np.exp(lse[1]) - np.exp(lse[0])
+    mean_key = k.mean(axis=2, keepdims=True)
+    np.testing.assert_allclose(once, 10 * np.exp(0.5 * (q * mean_key).sum(-1)), rtol=1e-10)
+    np.testing.assert_allclose(np.exp(lse[3]) - np.exp(lse[0]), 3 * once, rtol=1e-10)
+
+
+def test_block_size_beyond_the_length(backend, framework):
+    for block_size in (20, 21, 1000, 2**40, 2**61):
+        case = Case(block_size=block_size, levels=1, topk=3, key_tokens=20, query_tokens=20, enrich=())
+        results = run(case, backend, framework)
+        assert (results.selection[1][..., 0] == 0).all()
+        q, k, v, *_ = case.arrays()
+        weights = np.exp(0.5 * q @ k.swapaxes(2, 3))
+        np.testing.assert_allclose(results["out"], weights @ v / weights.sum(-1, keepdims=True), rtol=1e-9)
+
+
+def test_topk_beyond_the_candidates(backend, framework):
+    case = Case(key_tokens=33, query_tokens=33, topk=(1000, 700), levels=2)
+    results = run(case, backend, framework)
+    assert results.selection.topk == (1000, 700)
+    assert results.selection[2].shape == (1, 1, 3, 700)
+    assert results.selection[2][0, 0, 0].tolist() == [0, 1, 2] + [-1] * 697
+    assert results.selection[1][0, 0, 0, :10].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, -1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_scores_go_to_the_lower_index(backend, framework, dtype):
+    """All keys alike, whatever the numbers: the first ones win, at every length and dim."""
+    for tokens, dim in ((24, 3), (136, 7), (304, 33), (520, 64)):  # multiples of 2**3: exact means
+        case = Case(dtype=dtype, key_tokens=tokens, query_tokens=17, dim=dim, block_size=2, levels=3, topk=5, seed=dim)
+        q, k, v, dout, dlse = case.arrays()
+        k = np.broadcast_to(k[:, :, :1], k.shape)
+        selection = run(case, backend, framework, (q, k, v, dout, dlse)).selection
+        for level in range(1, 4):
+            first = [j if j < tokens >> level else -1 for j in range(5)]
+            assert (selection[level] == first).all(), f"{tokens} tokens, dim {dim}, level {level}"
+
+
+def test_signed_zeros_are_equal(backend, framework):
+    q = np.ones((1, 1, 2, 1), np.float32)
+    k = np.array([-0.0, 0.0, -0.0, 0.0, 1.0, -1.0], np.float32).repeat(2).reshape(1, 1, 12, 1)
+    selection = llsa.select(framework.array(q), framework.array(k), block_size=2, levels=1, topk=3, backend=backend)
+    assert framework.to_numpy(selection[1])[0, 0, 0].tolist() == [0, 1, 4]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_order_of_scores(backend, framework, dtype):
+    """+inf > finite > -inf > NaN, all NaNs equal."""
+    values = [np.nan, -np.inf, 1.0, np.inf, -np.nan, -2.0, np.inf, np.nan]
+    k = np.array(values, np.float64).repeat(2).reshape(1, 1, 16, 1).astype(DTYPES[dtype])
+    q = np.ones((1, 1, 2, 1), DTYPES[dtype])
+    best_first = [3, 6, 2, 5, 1, 0, 4, 7]
+    for topk in range(1, 9):
+        selection = llsa.select(
+            framework.array(q), framework.array(k), block_size=2, levels=1, topk=topk, backend=backend
+        )
+        assert framework.to_numpy(selection[1])[0, 0, 0].tolist() == sorted(best_first[:topk])
+
+
+@given(
+    case=cases(exponents=(0, 0, 0, 0), data="normal"),
+    bad=st.sampled_from([np.nan, np.inf, -np.inf]),
+    where=st.sampled_from(["q", "k", "v"]),
+    place=st.floats(0, 0.999),
+)
+@settings(max_examples=60)
+def test_not_finite_stays_where_arithmetic_puts_it(backend, framework, case, bad, where, place):
+    case = case.but(memory="contiguous", layout="bhnd")
+    arrays = dict(zip(("q", "k", "v", "dout", "dlse"), case.arrays()))
+    x = arrays[where]
+    token = int(place * x.shape[2])
+    x[0, 0, token] = bad
+    results = run(case, backend, framework, tuple(arrays.values()))
+    clean = run(case, backend, framework)
+    finite = np.isfinite(results["out"].astype(np.float64)).all(axis=-1)
+    if where == "q":  # its own row, and the selection of its b**L group
+        span = case.block_size**case.depth
+        mine = (token // span * span <= np.arange(case.query_tokens)) & (
+            np.arange(case.query_tokens) < (token // span + 1) * span
+        )
+        others = results["out"].copy()
+        others[0, 0, mine] = clean["out"][0, 0, mine]
+        assert_same_bits(others, clean["out"])
+        assert finite[0, 0][np.arange(case.query_tokens) != token].all()
+    else:
+        assert finite[1:].all(), "a batch entry reached another"
+        assert finite[:, case.group :].all(), "a head reached another"
+        if where == "v" and case.enrich == ():
+            attended = np.zeros((case.group, case.query_tokens), bool)
+            for h in range(case.group):
+                rows = results.selection[1][0, h]
+                hit = (rows == token // case.block_size).any(axis=1)
+                attended[h] = np.repeat(hit, case.block_size)[: case.query_tokens]
+            # Where the weight underflows to 0 the product is still NaN, so exactly the attending rows are touched.
+            assert (finite[0, : case.group] == ~attended).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_huge_values_do_not_overflow(backend, framework, dtype):
+    case = Case(dtype=dtype, key_tokens=50, query_tokens=50, dim=8)
+    q, k, v, dout, dlse = case.arrays()
+    large = 100 if dtype == "float16" else 1e4
+    results = run(case, backend, framework, (q * DTYPES[dtype](large), k * DTYPES[dtype](large), v, dout, dlse))
+    for name, x in results.arrays.items():
+        assert np.isfinite(x.astype(np.float64)).all() or (dtype == "float16" and name in ("dq", "dk")), name
+
+
+def outside(rows, **sizes):
+    """A Selection of one level from a list of rows."""
+    return llsa.Selection([np.array(rows, np.int32)[None, None]], block_size=4, **sizes)
+
+
+def test_a_row_without_candidates(backend, framework):
+    """out 0, lse -inf, no gradient, even where dO is NaN; the others as if it were not there."""
+    case = Case(levels=1, key_tokens=12, query_tokens=12, enrich=(), dtype="float32")
+    selection = outside([[0, 2], [-1, -1], [1, -1]], query_tokens=12, key_tokens=12)
+    q, k, v, dout, dlse = case.arrays()
+    clean = run(case, backend, framework, (q, k, v, dout, dlse), selection)
+    assert (clean["out"][:, :, 4:8] == 0).all()
+    assert (clean["lse"][:, :, 4:8] == -np.inf).all()
+    assert np.isfinite(clean["lse"][:, :, :4]).all()
+    assert (clean["dq"][:, :, 4:8] == 0).all()
+    dout, dlse = dout.copy(), dlse.copy()
+    dout[:, :, 4:8], dlse[:, :, 4:8] = np.nan, np.nan
+    dirty = run(case, backend, framework, (q, k, v, dout, dlse), selection)
+    for name in clean.arrays:
+        assert_same_bits(clean[name], dirty[name])
+
+
+def test_selections_outside_their_parents_children(backend, framework):
+    """Level 1 need not follow from level 2: attention reads each level's rows as they are."""
+    rows = [
+        np.array([[0, 7], [3, 4], [1, 5]] * 4, np.int32)[:12][None, None],
+        np.array([[2], [0], [1]], np.int32)[None, None],
+    ]
+    selection = llsa.Selection(rows, block_size=4, query_tokens=45, key_tokens=45)
+    case = Case(levels=2, key_tokens=45, query_tokens=45)
+    results = run(case, backend, framework, selection=selection)
+    q, k, *_ = (x[0, 0] for x in case.arrays())
+    t = 21  # its level-1 ancestor is 5, row [1, 5]; its level-2 ancestor is 1, row [0]
+    level1 = [k[4 * j : 4 * j + 4].mean(0) for j in range(4)]
+    level2 = [k[0:16].mean(0), k[16:32].mean(0), k[32:45].mean(0)]
+    tokens = [k[j] for j in (*range(4, 8), *range(20, 24))]
+    weights = [1] * 8 + [4] * 4 + [16, 16, 13]
+    logits = np.array([0.5 * q[t] @ key for key in (*tokens, *level1, *level2)]) + np.log(weights)
+    assert results["lse"][0, 0, t] == pytest.approx(np.log(np.exp(logits).sum()), rel=1e-12)
+
+
+@pytest.mark.parametrize("garbage", [-2, 3, 1000, 2**31 - 1, -(2**31)])
+def test_unchecked_indices_out_of_range_count_as_absent(backend, framework, garbage):
+    """Without validation an index outside 0..n_l - 1 counts as -1, forward and backward."""
+    case = Case(levels=1, key_tokens=10, query_tokens=10, dtype="float32")
+    wild = [np.array([[0, garbage], [1, garbage], [garbage, garbage]], np.int32)[None, None]]
+    sizes = {"block_size": 4, "query_tokens": 10, "key_tokens": 10}
+    selection = llsa.Selection([framework.array(wild[0])], **sizes, validate=False)
+    tame = outside([[0, -1], [1, -1], [-1, -1]], query_tokens=10, key_tokens=10)
+    q, k, v, dout, dlse = (framework.array(x) for x in case.arrays())
+    out, lse = llsa.attend(q, k, v, selection, backend=backend, enrich=())
+    gradients = llsa.attend_backward(dout, q, k, v, out, lse, selection, dlse=dlse, backend=backend, enrich=())
+    expected = run(case, backend, framework, selection=tame, enrich=())
+    for x, name in zip((out, lse, *gradients), ("out", "lse", "dq", "dk", "dv")):
+        assert_same_bits(framework.to_numpy(x), expected[name])
+
+
+def test_slices_of_queries(backend, framework):
+    """A slice that starts at a multiple of b**L and ends at one, or at M, gives the slice of the result."""
+    case = Case(dtype="float32", block_size=4, levels=2, query_tokens=45, key_tokens=200, dim=8)
+    q, k, v, dout, dlse = case.arrays()
+    whole = run(case, backend, framework, (q, k, v, dout, dlse))
+    for first, last in ((0, 16), (16, 32), (32, 45), (16, 45)):
+        rows = slice(first, last)
+        part = run(
+            case.but(query_tokens=last - first),
+            backend,
+            framework,
+            (q[:, :, rows], k, v, dout[:, :, rows], dlse[:, :, rows]),
+        )
+        for name in ("out", "lse", "dq"):
+            np.testing.assert_allclose(part[name], whole[name][:, :, rows], rtol=1e-5, atol=1e-6)
+
+
+def test_read_only_inputs(backend, framework):
+    case = Case(dtype="bfloat16")
+    arrays = case.arrays()
+    for x in arrays:
+        x.setflags(write=False)
+    for a, b in zip(
+        run(case, backend, framework, arrays).arrays.values(), run(case, backend, framework).arrays.values()
+    ):
+        assert_same_bits(a, b)
+
+
+def test_inputs_are_left_alone(backend, framework):
+    case = Case(dtype="float32")
+    arrays = case.arrays()
+    copies = [x.copy() for x in arrays]
+    run(case, backend, framework, arrays)
+    for x, copy in zip(arrays, copies):
+        assert_same_bits(x, copy)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (np.float32, {}),
+        (ml_dtypes.bfloat16, {}),
+        (np.float32, {"block_size": 2, "levels": 12, "topk": 4}),
+        (np.float32, {"block_size": 64, "topk": 32}),
+        (np.float32, {"levels": 1, "topk": 4096}),  # everything kept: pieces of candidates, not all at once
+    ],
+)
+def test_memory(dtype, options):
+    """Beyond results, their float32 accumulators, pooled levels and the selection: at most 256 MiB."""
+    tokens = 2**13 if options.get("topk") == 4096 else 2**16
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (rng.standard_normal((1, 2, tokens, 64), dtype=np.float32).astype(dtype) for _ in range(4))
+    selection = llsa.select(q, k, **options)
+    tracemalloc.start()
+    out, lse = llsa.attend(q, k, v, selection)
+    forward = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    llsa.attend_backward(dout, q, k, v, out, lse, selection)
+    backward = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    levels = 2 * q.nbytes  # of k and v: with b = 2 as large as they are
+    assert forward <= out.nbytes + lse.nbytes + levels + 256 * 2**20
+    accumulators = 2 * 2 * q.size * 4  # dk and dv, level 0 and at most as much again above it
+    assert backward <= out.nbytes + lse.nbytes + 3 * q.nbytes + levels + accumulators + 256 * 2**20
