@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from llsa_np.adapters import common_adapter, type_name
 from llsa_np.checks import check_devices, check_dtype, check_floats, check_shape, lse_dtype, sizes
@@ -46,27 +49,29 @@ def merge(*pairs: tuple[Any, Any], layout: Layout = "bhnd") -> tuple[Any, Any]:
         )
         check_dtype(who, name, view, lse_dtype(dtype))
 
-    xp = adapter.namespace(pairs[0][0])
+    with np.errstate(all="ignore"):  # NaN and infinity are results here, not warnings
+        return merge_arrays(adapter.namespace(pairs[0][0]), pairs, layout)
+
+
+def merge_arrays(xp: Any, pairs: Sequence[tuple[Any, Any]], layout: Layout) -> tuple[Any, Any]:
+    """The computation of `merge` in functions of the Python array API, on checked arrays."""
     top = pairs[0][1]
     for _, lse in pairs[1:]:
         top = xp.maximum(top, lse)
     zero = xp.zeros_like(top)
     shift = xp.where(top == -xp.inf, zero, top)  # a row that is empty in all pairs: exp(-inf - 0) = 0
-    total_out: Any = None
-    total: Any = zero
+    total: Any = 0
+    total_out: Any = 0
     for out, lse in pairs:
-        empty = lse == -xp.inf
+        empty = lse == -xp.inf  # nothing of such a row may reach the sums, nor a gradient: not even 0 times NaN
         weight = xp.where(empty, zero, xp.exp(xp.where(empty, zero, lse - shift)))
-        total = total + weight
-        weight = column(xp, weight, layout)
         part = xp.astype(out, lse.dtype, copy=False)
-        part = xp.where(column(xp, empty, layout), xp.zeros_like(part), weight * part)
-        total_out = part if total_out is None else total_out + part
-    nothing = total == 0
-    safe = xp.where(nothing, xp.ones_like(total), total)
-    merged = total_out / column(xp, safe, layout)
-    lse = xp.where(nothing, top, shift + xp.log(safe))
-    return xp.astype(merged, pairs[0][0].dtype, copy=False), lse
+        part = xp.where(column(xp, empty, layout), xp.zeros_like(part), part)
+        total = total + weight
+        total_out = total_out + column(xp, weight, layout) * part
+    safe = xp.where(total == 0, xp.ones_like(total), total)
+    merged = xp.astype(total_out / column(xp, safe, layout), pairs[0][0].dtype, copy=False)
+    return merged, xp.where(total == 0, top, shift + xp.log(safe))
 
 
 def column(xp: Any, x: Any, layout: Layout) -> Any:

@@ -11,7 +11,6 @@ from llsa_np.hierarchy import Hierarchy
 from llsa_np.threads import run
 from llsa_np.tiles import Floats
 
-
 RUN_NUMBERS = 2**16
 """How many numbers are converted and summed at a time: few enough for the cache."""
 

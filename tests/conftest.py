@@ -7,9 +7,9 @@ import frameworks
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
-from llsa_np.adapters.numpy_arrays import NumpyAdapter
 
 import llsa_np as llsa
+from llsa_np.adapters.numpy_arrays import NumpyAdapter
 
 settings.register_profile(
     "suite",
