@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llsa_np.adapters import View
 from numpy.typing import NDArray
+
+from llsa_np.adapters import View
 
 
 class NumpyAdapter:

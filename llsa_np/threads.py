@@ -22,16 +22,20 @@ def run(work: Callable[[Task], None], tasks: Sequence[Task], most_inline: int = 
         with np.errstate(all="ignore"):
             work(task)
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if len(tasks) <= most_inline or cores == 1:
+    if len(tasks) <= most_inline or cores() == 1:
         for task in tasks:
             quietly(task)
         return
     from concurrent.futures import ThreadPoolExecutor
 
-    with single_threaded_blas(), ThreadPoolExecutor(min(cores, len(tasks))) as pool:
+    with single_threaded_blas(), ThreadPoolExecutor(min(cores(), len(tasks))) as pool:
         for _ in pool.map(quietly, tasks):
             pass
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _controller: Any = None

@@ -1,0 +1,197 @@
+"""`llsa bench`: this machine's backends against dense attention, in one process, correctness first."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import llsa_np as llsa
+from llsa_np.accuracy import compare, exact
+from llsa_np.backends import NAMES, check_backend
+from llsa_np.options import check_attend_options, check_integer
+
+Array = NDArray[Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `llsa bench`."""
+    parser.add_argument("--backend", choices=NAMES, help="time this one alone (default: every one that can run here)")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[4096, 16384, 65536], help="lengths (default: %(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--dim", type=int, default=64, help="head dim (default: %(default)s)")
+    parser.add_argument("--topk", type=int, default=8)
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3, help="of which the median is reported (default: %(default)s)")
+    parser.add_argument(
+        "--dense-queries", type=int, default=1024, help="queries dense attention is timed on and scaled from"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench.json"), help="where the figures go (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, then time, every length on every backend; 1 if a check failed, and then no time is reported."""
+    from rich.console import Console
+    from rich.table import Table
+    from tqdm import tqdm
+
+    for name in ("batch", "heads", "dim", "repeats", "dense_queries"):
+        check_integer("bench", f"--{name.replace('_', '-')}", getattr(args, name), 1, None)
+    for tokens in args.tokens:
+        check_integer("bench", "--tokens", tokens, 1, None)
+    if args.backend is not None:
+        check_backend("bench", args.backend)
+    backends = [name for name, reasons in llsa.backends().items() if not reasons and args.backend in (None, name)]
+    console = Console()
+    for backend in backends:
+        ratios = check(backend, args)
+        if max(ratios.values()) > 1:
+            console.print(f"[red]{backend}: errors over their bounds, so nothing is timed: {ratios}")
+            return 1
+    rows = []
+    for tokens in tqdm(args.tokens, desc="lengths", leave=False, disable=None):
+        for backend in backends:
+            rows.append(measure(backend, tokens, args))
+
+    table = Table(
+        title=f"float32, batch {args.batch}, {args.heads} heads, D = {args.dim}, K = {args.topk}; ms, medians"
+    )
+    peers = list(rows[0]["peers"])
+    for heading in ("backend", "tokens", "levels", "forward", "backward", *peers, "times faster, forward"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        dense = [row["peers"][peer]["forward_ms"] for peer in peers]
+        table.add_row(
+            row["backend"],
+            f"{row['tokens']:,}",
+            str(row["levels"]),
+            f"{row['forward_ms']:.1f}",
+            f"{row['backward_ms']:.1f}",
+            *(f"{ms:,.0f}" for ms in dense),
+            f"{min(dense) / row['forward_ms']:.1f}",
+        )
+    console.print(table)
+    console.print(f"Dense attention is timed on {args.dense_queries:,} queries over all keys, and scaled.")
+    args.out.write_text(json.dumps({"machine": machine(), "speed": rows}, indent=1) + "\n")
+    console.print(f"Figures: {args.out}")
+    return 0
+
+
+def inputs(tokens: int, args: argparse.Namespace) -> list[Array]:
+    """q, k, v, dout."""
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal((args.batch, args.heads, tokens, args.dim), dtype=np.float32) for _ in range(4)]
+
+
+def check(backend: str, args: argparse.Namespace) -> dict[str, float]:
+    """Errors over their bounds of a ragged length with the benchmark's options."""
+    q, k, v, dout = inputs(1111, args)
+    selection = llsa.select(q, k, block_size=args.block_size, topk=args.topk, backend=backend)  # type: ignore[arg-type]
+    out, lse = llsa.attend(q, k, v, selection, backend=backend)  # type: ignore[arg-type]
+    gradients = llsa.attend_backward(dout, q, k, v, out, lse, selection, backend=backend)  # type: ignore[arg-type]
+    options = check_attend_options("bench", None, True, None, "full", levels=selection.levels, dim=args.dim)
+    results = dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *gradients)))
+    return compare(results, exact(q, k, v, selection, options, dout), "float32")
+
+
+def measure(backend: Any, tokens: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Medians of whole calls: pooling, selection and attention; then the backward pass."""
+    q, k, v, dout = inputs(tokens, args)
+    options: Any = {"block_size": args.block_size, "topk": args.topk, "backend": backend}
+    selection = llsa.select(q, k, **options)
+    out, lse = llsa.attend(q, k, v, selection, backend=backend)
+    return {
+        "backend": backend,
+        "dtype": "float32",
+        "batch": args.batch,
+        "heads": args.heads,
+        "kv_heads": args.heads,
+        "tokens": tokens,
+        "dim": args.dim,
+        "block_size": args.block_size,
+        "topk": args.topk,
+        "levels": selection.levels,
+        "data": "random",
+        "forward_ms": median(lambda: llsa.attention(q, k, v, **options), args.repeats),
+        "backward_ms": median(
+            lambda: llsa.attend_backward(dout, q, k, v, out, lse, selection, backend=backend), args.repeats
+        ),
+        "peers": dense_peers(q, k, v, args),
+    }
+
+
+def dense_peers(q: Array, k: Array, v: Array, args: argparse.Namespace) -> dict[str, Any]:
+    """Dense attention's forward time on some of the queries, scaled to all: PyTorch where installed, and else NumPy."""
+    some = np.ascontiguousarray(q[:, :, : min(args.dense_queries, q.shape[2])])
+    scaled = q.shape[2] / some.shape[2]
+    name, attend = torch_dense(some, k, v) if find_spec("torch") else ("numpy_dense", lambda: numpy_dense(some, k, v))
+    return {name: {"forward_ms": median(attend, args.repeats) * scaled, "queries_timed": some.shape[2]}}
+
+
+def torch_dense(q: Array, k: Array, v: Array) -> tuple[str, Callable[[], Any]]:
+    """PyTorch's attention on the CPU."""
+    import torch
+
+    tensors = [torch.from_numpy(x) for x in (q, k, v)]
+    return "torch_dense", lambda: torch.nn.functional.scaled_dot_product_attention(*tensors)
+
+
+def numpy_dense(q: Array, k: Array, v: Array) -> Array:
+    """Softmax attention over all keys, a few queries at a time."""
+    out = np.empty((*q.shape[:3], v.shape[3]), q.dtype)
+    for first in range(0, q.shape[2], 64):
+        rows = slice(first, first + 64)
+        logits = q[:, :, rows] @ k.swapaxes(2, 3) * np.float32(1 / math.sqrt(q.shape[3]))
+        weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        out[:, :, rows] = weights @ v / weights.sum(axis=-1, keepdims=True)
+    return out
+
+
+def median(call: Callable[[], Any], repeats: int) -> float:
+    """Milliseconds, after one call that warms up."""
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return 1000 * statistics.median(times)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    packages = ("llsa-np", "numpy", "threadpoolctl", "torch")
+    return {
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages if find_spec(name.replace("-", "_"))},
+    }
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,101 @@
+"""`llsa check` and `llsa bench`: what they print, what they find, and how they end."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import llsa_np as llsa
+from llsa_np import numpy_backend
+from llsa_np.cli import main
+from llsa_np.cli.check import draw
+
+
+def test_check_passes_and_prints_a_line_that_runs(capsys):
+    assert main(["check", "--seconds", "2", "--seed", "3"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("float16", "bfloat16", "float32", "seed 3", "within its bound"):
+        assert word in printed
+    line = re.search(r'^python -c "(.*)"$', printed, re.MULTILINE).group(1)
+    again = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
+    ratios = eval(again.stdout, {"inf": np.inf})
+    assert set(ratios) == {"out", "lse", "dq", "dk", "dv", "selection"}
+    assert max(ratios.values()) <= 1
+
+
+def test_check_finds_a_planted_bug(capsys, monkeypatch):
+    right = numpy_backend.backend.attend
+
+    def off_by_a_little(q, k_levels, v_levels, selection, options, out, lse):
+        right(q, k_levels, v_levels, selection, options, out, lse)
+        out[..., -1, :] *= 2
+
+    monkeypatch.setattr(numpy_backend.NumpyBackend, "attend", staticmethod(off_by_a_little))
+    assert main(["check", "--seconds", "1", "--seed", "3"]) == 1
+    assert "over its bound" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["check", "--seconds", "0"], "--seconds is 0"),
+        (["bench", "--heads", "0"], "--heads is 0"),
+        (["bench", "--tokens", "0"], "--tokens is 0"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments, words, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("command", ["check", "bench"])
+def test_a_backend_that_cannot_run_here(command, capsys):
+    if not llsa.backends()["cupy_raw"]:
+        pytest.skip("cupy_raw can run here")
+    assert main([command, "--backend", "cupy_raw"]) == 2
+    assert "cannot run here" in capsys.readouterr().err
+
+
+def test_trials_are_drawn_again_from_their_seed():
+    trials = [[draw(np.random.default_rng(5), dtype) for dtype in ("float16", "float32")] for _ in range(2)]
+    assert trials[0] == trials[1]
+    rng = np.random.default_rng(0)
+    drawn = [draw(rng, "bfloat16") for _ in range(300)]
+    assert min(t.key_tokens for t in drawn) < 5
+    assert max(t.key_tokens for t in drawn) > 1000
+    assert {t.layout for t in drawn} == {"bhnd", "bnhd"}
+    assert any(t.enrich == () for t in drawn)
+    assert any(t.query_tokens != t.key_tokens for t in drawn)
+
+
+def test_bench_writes_its_figures(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    arguments = ["--tokens", "256", "300", "--heads", "2", "--dim", "8", "--repeats", "1", "--out", str(out)]
+    assert main(["bench", *arguments]) == 0
+    figures = json.loads(out.read_text())
+    assert figures["machine"]["cores"] >= 1
+    assert [row["tokens"] for row in figures["speed"]] == [256, 300]
+    for row in figures["speed"]:
+        assert row["forward_ms"] > 0
+        assert row["backward_ms"] > 0
+        assert next(iter(row["peers"].values()))["forward_ms"] > 0
+    assert "times faster" in capsys.readouterr().out
+
+
+def test_bench_times_nothing_while_a_check_is_red(tmp_path, capsys, monkeypatch):
+    right = numpy_backend.backend.attend
+
+    def wrong(q, k_levels, v_levels, selection, options, out, lse):
+        right(q, k_levels, v_levels, selection, options, out, lse)
+        lse += 1
+
+    monkeypatch.setattr(numpy_backend.NumpyBackend, "attend", staticmethod(wrong))
+    out = tmp_path / "bench.json"
+    assert main(["bench", "--tokens", "256", "--heads", "1", "--dim", "8", "--out", str(out)]) == 1
+    assert not out.exists()
+    assert "over their bounds" in capsys.readouterr().out

@@ -1,0 +1,70 @@
+"""`import llsa_np` loads NumPy and nothing else, and quickly."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+LOADED = """
+import json, sys, time
+import numpy
+before = set(sys.modules)
+start = time.perf_counter()
+import llsa_np
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "modules": sorted(set(sys.modules) - before)}))
+"""
+
+
+def fresh(code, *options):
+    done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_import_loads_no_framework_and_is_quick():
+    runs = [json.loads(fresh(LOADED)) for _ in range(3)]
+    ours = {"llsa_np", "numpy"}
+    third_party = {
+        name.partition(".")[0] for name in runs[0]["modules"] if name.partition(".")[0] not in sys.stdlib_module_names
+    }
+    assert third_party <= ours | {"_editable_impl_llsa_np", "__editable___llsa_np_0_1_0_finder"}, third_party
+    for framework in ("cupy", "numba", "torch", "jax", "matplotlib", "scipy", "ml_dtypes", "cuda"):
+        assert framework not in {name.partition(".")[0] for name in runs[0]["modules"]}
+    assert min(run["seconds"] for run in runs) < 0.2
+
+
+def test_a_call_on_numpy_arrays_loads_no_framework():
+    code = "import numpy, sys, llsa_np; x = numpy.ones((1, 1, 5, 4)); llsa_np.attention(x, x, x); llsa_np.backends()"
+    names = fresh(code + "; print(' '.join(sys.modules))").split()
+    for framework in ("cupy", "numba", "torch", "jax", "matplotlib"):
+        assert framework not in names
+
+
+def test_functions_are_not_hidden_by_the_modules_they_come_from():
+    code = """
+import llsa_np
+import llsa_np.pool, llsa_np.select, llsa_np.attend, llsa_np.attend_backward, llsa_np.merge, llsa_np.zorder
+import llsa_np.coverage, llsa_np.selection, llsa_np.hierarchy, llsa_np.backends
+print([name for name in llsa_np.__all__ if not (name == "__version__" or callable(getattr(llsa_np, name)))])
+"""
+    assert fresh(code).strip() == "[]"
+
+
+@pytest.mark.parametrize("options", [(), ("-O",), ("-W", "error")])
+def test_under_every_flag(options):
+    code = "import numpy, llsa_np; x = numpy.ones((1, 1, 5, 4)); print(llsa_np.attention(x, x, x).shape)"
+    assert fresh(code, *options).strip() == "(1, 1, 5, 4)"
+
+
+def test_help_is_quick_and_needs_no_extra():
+    code = """
+import sys
+from llsa_np.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    print(*sys.modules)
+"""
+    for framework in ("matplotlib", "rich", "skimage", "torch"):
+        assert framework not in fresh(code).split()
