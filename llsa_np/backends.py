@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
@@ -13,6 +14,8 @@ from llsa_np.selection import Selection
 
 BackendName = Literal["auto", "numpy", "numba_cuda", "cupy_raw"]
 NAMES: tuple[str, ...] = get_args(BackendName)[1:]
+DEVICES = {"numpy": "cpu", "numba_cuda": "cuda", "cupy_raw": "cuda"}
+"""The kind of device whose arrays each backend serves."""
 
 
 class Case(NamedTuple):
@@ -33,8 +36,6 @@ class Backend(Protocol):
     """
 
     name: str
-    device: str
-    """Kind of the devices whose arrays it serves: "cpu", "cuda"."""
 
     def refusals(self, case: Case) -> list[str]:
         """Every reason why this backend cannot serve a call that passed the checks; none if it can."""
@@ -77,14 +78,14 @@ def backends() -> dict[str, tuple[str, ...]]:
     Returns {"numpy": (), "numba_cuda": (reason, ...), "cupy_raw": (reason, ...)}; each reason names the way out where
     there is one, such as the extra to install. Looks at installed packages and at the driver, imports no framework.
     """
-    return {name: tuple(_reasons(name)) for name in NAMES}
+    return {name: _reasons(name) for name in NAMES}
 
 
 def check_backend(who: str, name: Any) -> str:
     """The name, if it is "auto" or a backend that can run here."""
     if not isinstance(name, str) or name not in ("auto", *NAMES):
         raise ValueError(f"{who}: backend is {name!r}; allowed is one of {('auto', *NAMES)}")
-    reasons = [] if name == "auto" else _reasons(name)
+    reasons = () if name == "auto" else _reasons(name)
     if reasons:
         able = [other for other in NAMES if not _reasons(other)]
         raise RuntimeError(
@@ -97,10 +98,11 @@ def check_backend(who: str, name: Any) -> str:
 def choose(name: str, device: str, case: Case) -> Backend:
     """The backend for a call with arrays on `device`: the one that was named, or the first that serves the case."""
     who, kind = case.operation, device.partition(":")[0]
-    candidates = [_load(other) for other in NAMES if not _reasons(other)] if name == "auto" else [_load(name)]
-    here = [backend for backend in candidates if backend.device == kind]
+    named = NAMES if name == "auto" else (name,)
+    here = [_load(other) for other in named if DEVICES[other] == kind and not _reasons(other)]
     if not here:
-        served = ", ".join(f"{backend.name} serves {backend.device}" for backend in candidates)
+        able = [other for other in named if not _reasons(other)]
+        served = ", ".join(f"{other} serves {DEVICES[other]}" for other in able)
         raise ValueError(f"{who}: the arrays are on {device}, and of the backends that may run here {served}")
     refusals: list[str] = []
     for backend in here:
@@ -115,10 +117,11 @@ def _load(name: str) -> Backend:
     return {"numpy": numpy_backend.backend}[name]
 
 
-def _reasons(name: str) -> list[str]:
-    """Why a backend cannot run on this machine."""
+@cache
+def _reasons(name: str) -> tuple[str, ...]:
+    """Why a backend cannot run on this machine, looked up once a process."""
     if name == "numpy":
-        return []
+        return ()
     kernels, packages = {
         "numba_cuda": ("Numba CUDA", {"numba": "numba", "numba_cuda": "numba-cuda"}),
         "cupy_raw": ("CuPy", {"cupy": "cupy", "cuda.core": "cuda-core"}),
@@ -132,7 +135,7 @@ def _reasons(name: str) -> list[str]:
         )
     if not _cuda_devices():
         reasons.append("no CUDA device: the NVIDIA driver is missing or shows none")
-    return reasons
+    return tuple(reasons)
 
 
 def _installed(module: str) -> bool:

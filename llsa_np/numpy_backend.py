@@ -12,7 +12,6 @@ class NumpyBackend:
     """Serves every case, on the cores of this machine."""
 
     name = "numpy"
-    device = "cpu"
     pool = staticmethod(pool)
     select = staticmethod(select)
     attend = staticmethod(attend)

@@ -258,7 +258,7 @@ def test_the_backend_is_asked_first_then_the_arrays():
 class Picky:
     """A backend that serves little."""
 
-    name, device = "numpy", "cpu"
+    name = "numpy"
 
     def refusals(self, case):
         return [] if case.dim % 16 == 0 else [f"serves head dims in steps of 16, and q has {case.dim}"]
