@@ -13,10 +13,14 @@ from llsa_np.hierarchy import Hierarchy
 from llsa_np.options import AttendOptions
 from llsa_np.pool import accumulator
 from llsa_np.selection import Selection
-from llsa_np.threads import run
+from llsa_np.threads import cores, run
 from llsa_np.tiles import Floats, Piece, Tile, gather, log_weights, pieces, siblings, strip, tiles
 
 TILES_A_TASK = 8
+"""Most tiles a thread takes at a time: enough to keep its share of waiting small."""
+
+FEW_QUERIES = 256
+"""So few are not worth starting threads for."""
 
 Split = tuple[int, int, int]
 """(G, S, W): how a tile's T queries fall into groups, strips and queries for one level."""
@@ -55,7 +59,9 @@ def attend(
     todo = [
         (n, h, tile) for n in range(batch) for h in range(heads) for tile in tiles(query_tokens, selection.block_size)
     ]
-    run(work, [todo[i : i + TILES_A_TASK] for i in range(0, len(todo), TILES_A_TASK)])
+    few = batch * heads * query_tokens <= FEW_QUERIES
+    size = len(todo) if few else max(1, min(TILES_A_TASK, len(todo) // (4 * cores())))
+    run(work, [todo[i : i + size] for i in range(0, len(todo), size or 1)])
 
 
 def attend_tile(

@@ -12,6 +12,7 @@ import llsa_np as llsa
 from llsa_np import numpy_backend
 from llsa_np.cli import main
 from llsa_np.cli.check import draw
+from llsa_np.cli.dense import numpy_dense, time_dense
 
 
 def test_check_passes_and_prints_a_line_that_runs(capsys):
@@ -99,3 +100,14 @@ def test_bench_times_nothing_while_a_check_is_red(tmp_path, capsys, monkeypatch)
     assert main(["bench", "--tokens", "256", "--heads", "1", "--dim", "8", "--out", str(out)]) == 1
     assert not out.exists()
     assert "over their bounds" in capsys.readouterr().out
+
+
+def test_dense_attention_is_dense_attention():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, heads, n, 8)) for heads, n in ((4, 30), (2, 40), (2, 40)))
+    weights = np.exp(q @ np.repeat(k, 2, axis=1).swapaxes(2, 3) / np.sqrt(8))
+    expected = weights @ np.repeat(v, 2, axis=1) / weights.sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(numpy_dense(q, k, v), expected, rtol=1e-12)
+    dense = time_dense(q, k, v, queries=20, repeats=1)
+    assert dense.queries == 20
+    assert dense.seconds > 0

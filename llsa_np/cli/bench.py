@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +17,7 @@ from numpy.typing import NDArray
 import llsa_np as llsa
 from llsa_np.accuracy import compare, exact
 from llsa_np.backends import NAMES, check_backend
+from llsa_np.cli.dense import median_seconds, time_dense
 from llsa_np.options import check_attend_options, check_integer
 
 Array = NDArray[Any]
@@ -117,6 +114,7 @@ def measure(backend: Any, tokens: int, args: argparse.Namespace) -> dict[str, An
     options: Any = {"block_size": args.block_size, "topk": args.topk, "backend": backend}
     selection = llsa.select(q, k, **options)
     out, lse = llsa.attend(q, k, v, selection, backend=backend)
+    dense = time_dense(q, k, v, args.dense_queries, args.repeats)
     return {
         "backend": backend,
         "dtype": "float32",
@@ -129,50 +127,13 @@ def measure(backend: Any, tokens: int, args: argparse.Namespace) -> dict[str, An
         "topk": args.topk,
         "levels": selection.levels,
         "data": "random",
-        "forward_ms": median(lambda: llsa.attention(q, k, v, **options), args.repeats),
-        "backward_ms": median(
+        "forward_ms": 1000 * median_seconds(lambda: llsa.attention(q, k, v, **options), args.repeats),
+        "backward_ms": 1000
+        * median_seconds(
             lambda: llsa.attend_backward(dout, q, k, v, out, lse, selection, backend=backend), args.repeats
         ),
-        "peers": dense_peers(q, k, v, args),
+        "peers": {f"{dense.by}_dense": {"forward_ms": 1000 * dense.seconds, "queries_timed": dense.queries}},
     }
-
-
-def dense_peers(q: Array, k: Array, v: Array, args: argparse.Namespace) -> dict[str, Any]:
-    """Dense attention's forward time on some of the queries, scaled to all: PyTorch where installed, and else NumPy."""
-    some = np.ascontiguousarray(q[:, :, : min(args.dense_queries, q.shape[2])])
-    scaled = q.shape[2] / some.shape[2]
-    name, attend = torch_dense(some, k, v) if find_spec("torch") else ("numpy_dense", lambda: numpy_dense(some, k, v))
-    return {name: {"forward_ms": median(attend, args.repeats) * scaled, "queries_timed": some.shape[2]}}
-
-
-def torch_dense(q: Array, k: Array, v: Array) -> tuple[str, Callable[[], Any]]:
-    """PyTorch's attention on the CPU."""
-    import torch
-
-    tensors = [torch.from_numpy(x) for x in (q, k, v)]
-    return "torch_dense", lambda: torch.nn.functional.scaled_dot_product_attention(*tensors)
-
-
-def numpy_dense(q: Array, k: Array, v: Array) -> Array:
-    """Softmax attention over all keys, a few queries at a time."""
-    out = np.empty((*q.shape[:3], v.shape[3]), q.dtype)
-    for first in range(0, q.shape[2], 64):
-        rows = slice(first, first + 64)
-        logits = q[:, :, rows] @ k.swapaxes(2, 3) * np.float32(1 / math.sqrt(q.shape[3]))
-        weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        out[:, :, rows] = weights @ v / weights.sum(axis=-1, keepdims=True)
-    return out
-
-
-def median(call: Callable[[], Any], repeats: int) -> float:
-    """Milliseconds, after one call that warms up."""
-    call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times)
 
 
 def machine() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import llsa_np as llsa
 from llsa_np.backends import NAMES
+from llsa_np.cli.dense import DenseTime, time_dense
 from llsa_np.cli.faithfulness import Choice, Faithfulness, measure, products, sweep
 from llsa_np.cli.pictures import draw
 from llsa_np.cli.tokens import WHO, Tokens, file_tokens, photograph_tokens
@@ -24,8 +25,9 @@ from llsa_np.cli.tokens import WHO, Tokens, file_tokens, photograph_tokens
 Result = TypeVar("Result")
 
 SWEEP = (4, 8, 16, 32)
-DENSE_SCORES = 2**24
-"""At most this many scores are held at once when dense attention is timed."""
+DENSE_SCORES = 2**28
+"""At most this many scores, over all heads, are computed to time dense attention, 32 queries at least."""
+DENSE_NAMES = {"torch": "PyTorch on the CPU", "numpy": "NumPy"}
 SAMPLED_SCORES = 2**25
 """At most this many scores, over all heads, are compared with dense attention, 16 queries at least."""
 SUIT, HAIR, HELMET = (0.59, 0.27), (0.13, 0.48), (0.85, 0.86)
@@ -103,7 +105,9 @@ def run(args: argparse.Namespace) -> int:
 
         selection, seconds_per_product = _forward_and_backward(tokens, args, timed, seconds)
         begin("dense attention")
-        dense_queries, dense_seconds = _time_dense(tokens)
+        scores_of_a_query = tokens.q.shape[0] * tokens.q.shape[1] * tokens.k.shape[2]
+        some = max(32, min(1024, DENSE_SCORES // max(1, scores_of_a_query)))
+        dense = time_dense(tokens.q, tokens.k, tokens.v, some, repeats=1)
         begin("faithfulness")
         result = measure(tokens.q, tokens.k, tokens.v, selection, queries)
         choices = sweep(
@@ -123,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(highlight=False)
     _print_tokens(console, tokens, selection, result, args)
-    _print_times(console, tokens, seconds, dense_queries, dense_seconds)
+    _print_times(console, tokens, seconds, dense)
     _print_faithfulness(console, tokens, selection, result, queries)
     if choices:
         _print_sweep(console, choices, selection, max(1, queries // 2))
@@ -197,24 +201,6 @@ def _forward_and_backward(
     return selection, seconds["select"] / (q.shape[0] * q.shape[1] * scores)
 
 
-def _time_dense(tokens: Tokens) -> tuple[int, float]:
-    """(queries measured, seconds for all of them): dense attention forward, one head in NumPy float32, scaled up."""
-    batch, heads, query_tokens, dim = tokens.q.shape
-    k, v = (np.ascontiguousarray(x[0, 0], np.float32) for x in (tokens.k, tokens.v))
-    sampled = min(query_tokens, 256, max(1, DENSE_SCORES // len(k)))
-    q = np.ascontiguousarray(tokens.q[0, 0, :: query_tokens // sampled][:sampled], np.float32)
-    best = np.inf
-    for _ in range(2):
-        began = time.perf_counter()
-        scores = q @ k.T
-        scores *= 1 / np.sqrt(dim)
-        scores -= scores.max(axis=1, keepdims=True)
-        np.exp(scores, out=scores)
-        (scores @ v) / scores.sum(axis=1, keepdims=True)
-        best = min(best, time.perf_counter() - began)
-    return sampled, best * query_tokens / sampled * batch * heads
-
-
 def _print_tokens(
     console: Console, tokens: Tokens, selection: llsa.Selection, result: Faithfulness, args: argparse.Namespace
 ) -> None:
@@ -254,9 +240,7 @@ def _print_tokens(
     )
 
 
-def _print_times(
-    console: Console, tokens: Tokens, seconds: dict[str, float], dense_queries: int, dense_seconds: float
-) -> None:
+def _print_times(console: Console, tokens: Tokens, seconds: dict[str, float], dense: DenseTime) -> None:
     table = _table("Time")
     table.add_column("step")
     table.add_column("seconds", justify="right")
@@ -273,11 +257,11 @@ def _print_times(
     table.add_row("[bold]forward[/bold]", f"[bold]{_number(forward)}[/bold]", "select and attend")
     table.add_row(
         "dense forward",
-        _number(dense_seconds),
-        f"NumPy float32: {dense_queries:,} of {tokens.q.shape[2]:,} queries of a head, scaled up",
+        _number(dense.seconds),
+        f"{DENSE_NAMES[dense.by]}, float32: {dense.queries:,} of {tokens.q.shape[2]:,} queries, scaled up",
     )
     console.print(table)
-    console.print(f"Dense attention takes {_number(dense_seconds / forward)} times as long as LLSA, forward.")
+    console.print(f"Dense attention takes {_number(dense.seconds / forward)} times as long as LLSA, forward.")
 
 
 def _print_faithfulness(
