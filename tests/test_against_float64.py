@@ -11,14 +11,14 @@ from llsa_np.accuracy import SMALLEST_FLOAT16, UNIT_ROUNDOFF, selection_is_right
 
 
 @given(case=cases())
-@settings(max_examples=150)
+@settings(max_examples=800)
 def test_results_and_gradients(backend, framework, case):
     results = run(case, backend, framework)
     assert_within_bounds(case, results, reference(case, results.selection))
 
 
 @given(case=cases())
-@settings(max_examples=100)
+@settings(max_examples=250)
 def test_selection(backend, framework, case):
     q, k, *_ = case.arrays()
     selection = llsa.select(framework.array(q), framework.array(k), backend=backend, **case.select_options)
@@ -28,7 +28,7 @@ def test_selection(backend, framework, case):
 
 
 @given(case=cases())
-@settings(max_examples=40)
+@settings(max_examples=80)
 def test_attention_is_select_then_attend(backend, framework, case):
     q, k, v, *_ = (framework.array(x) for x in case.arrays())
     selection = llsa.select(q, k, backend=backend, **case.select_options)
@@ -39,7 +39,7 @@ def test_attention_is_select_then_attend(backend, framework, case):
 
 
 @given(case=cases())
-@settings(max_examples=40)
+@settings(max_examples=80)
 def test_pool(backend, framework, case):
     _, k, *_ = case.arrays()
     levels = llsa.pool(
@@ -61,7 +61,7 @@ def test_pool(backend, framework, case):
 
 
 @given(case=cases(dtypes=("float32", "bfloat16")))
-@settings(max_examples=40)
+@settings(max_examples=80)
 def test_memory_order_and_layout_change_nothing(backend, framework, case):
     """The same numbers in any memory order and in both layouts give the same bits."""
     case = case.but(memory="contiguous") if case.memory == "expanded" else case
@@ -72,7 +72,7 @@ def test_memory_order_and_layout_change_nothing(backend, framework, case):
 
 
 @given(case=cases())
-@settings(max_examples=30)
+@settings(max_examples=60)
 def test_only_what_is_needed(backend, framework, case):
     """Each gradient alone has the bits that it has among the others."""
     q, k, v, dout, dlse = (framework.array(x) for x in case.arrays())
@@ -89,7 +89,7 @@ def test_only_what_is_needed(backend, framework, case):
 
 
 @given(case=cases(dtypes=("float32", "float16")))
-@settings(max_examples=20)
+@settings(max_examples=40)
 def test_same_bits_every_time(backend, framework, case):
     first, second = run(case, backend, framework), run(case, backend, framework)
     for name in first.arrays:

@@ -11,7 +11,7 @@ SMALL = Limits(tokens=70, dim=6)
 
 
 @given(case=cases(limits=SMALL, dtypes=("float64",), exponents=(0, 0, 0, 0)))
-@settings(max_examples=150)
+@settings(max_examples=300)
 def test_attention_and_gradients(case):
     results = run(case, "numpy", NumPy)
     q, k, v, dout, dlse = (case.to_bhnd(x) for x in case.arrays())
@@ -39,7 +39,7 @@ def test_attention_and_gradients(case):
 
 
 @given(case=cases(limits=SMALL, dtypes=("float64",), exponents=(0, 0, 0, 0)))
-@settings(max_examples=150)
+@settings(max_examples=300)
 def test_selection(case):
     # Scores that tie must be exact to order alike however they are summed: means of small integers over powers of two.
     case = case.but(data="tied") if case.data == "constant" else case
