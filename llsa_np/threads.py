@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import numpy as np
@@ -38,18 +41,33 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+_lock = threading.Lock()
+_callers = 0
 _controller: Any = None
+_limit: Any = None
 
 
-def single_threaded_blas() -> Any:
-    """A context in which BLAS uses one thread, if threadpoolctl is there to ask for it."""
-    global _controller
-    if _controller is None:
-        try:
-            from threadpoolctl import ThreadpoolController
-        except ImportError:
-            from contextlib import nullcontext
+@contextmanager
+def single_threaded_blas() -> Iterator[None]:
+    """A context in which BLAS uses one thread, if threadpoolctl is there to ask for it.
 
-            return nullcontext()
-        _controller = ThreadpoolController()
-    return _controller.limit(limits=1, user_api="blas")
+    The number is the process's, so of several callers at once the first sets it and the last puts it back.
+    """
+    global _callers, _controller, _limit
+    if find_spec("threadpoolctl") is None:
+        yield
+        return
+    from threadpoolctl import ThreadpoolController
+
+    with _lock:
+        if _callers == 0:
+            _controller = _controller or ThreadpoolController()
+            _limit = _controller.limit(limits=1, user_api="blas")
+        _callers += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _callers -= 1
+            if _callers == 0:
+                _limit.restore_original_limits()
