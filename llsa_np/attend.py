@@ -19,9 +19,6 @@ from llsa_np.tiles import Floats, Piece, Tile, gather, log_weights, pieces, sibl
 TILES_A_TASK = 8
 """Most tiles a thread takes at a time: enough to keep its share of waiting small."""
 
-FEW_QUERIES = 256
-"""So few are not worth starting threads for."""
-
 Split = tuple[int, int, int]
 """(G, S, W): how a tile's T queries fall into groups, strips and queries for one level."""
 
@@ -59,9 +56,8 @@ def attend(
     todo = [
         (n, h, tile) for n in range(batch) for h in range(heads) for tile in tiles(query_tokens, selection.block_size)
     ]
-    few = batch * heads * query_tokens <= FEW_QUERIES
-    size = len(todo) if few else max(1, min(TILES_A_TASK, len(todo) // (4 * cores())))
-    run(work, [todo[i : i + size] for i in range(0, len(todo), size or 1)])
+    size = max(1, min(TILES_A_TASK, len(todo) // (4 * cores())))
+    run(work, [todo[i : i + size] for i in range(0, len(todo), size)], q.size)
 
 
 def attend_tile(

@@ -73,8 +73,7 @@ def attend_backward(
         if dv is not None and dv_levels is not None:
             dv[n, kv] = unpool(dv_levels, hierarchy)
 
-    work_per_head = q.shape[2] * max(1, per_kv_head)
-    run(work, list(np.ndindex(batch, kv_heads)), most_inline=max(1, 128 // work_per_head))
+    run(work, list(np.ndindex(batch, kv_heads)), q.size)
 
 
 def backward_tile(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llsa_np.adapters import View
+from llsa_np.adapters import View, type_name
 from llsa_np.options import Layout
 from llsa_np.selection import Selection
 
@@ -42,7 +42,7 @@ def sizes(who: str, name: str, view: View, layout: Layout) -> Sizes:
     named = dict(zip(axes, view.shape, strict=True))
     result = Sizes(**named)
     if result.tokens == 0 or result.dim == 0:
-        raise ValueError(f"{who}: {name} has shape {view.shape}, {axes}; tokens and dim are 1 or more")
+        raise ValueError(f"{who}: {name} has shape {view.shape}, ({', '.join(axes)}); tokens and dim are 1 or more")
     return result
 
 
@@ -72,8 +72,8 @@ def check_dtype_name(who: str, dtype: Any) -> str:
     return name
 
 
-def check_devices(who: str, views: dict[str, View]) -> str:
-    """The one device on which all arrays lie."""
+def check_devices(who: str, views: dict[str, View]) -> None:
+    """That all arrays lie on one device."""
     (first_name, first), *others = views.items()
     for name, view in others:
         if view.device != first.device:
@@ -81,7 +81,6 @@ def check_devices(who: str, views: dict[str, View]) -> str:
                 f"{who}: {first_name} is on {first.device} and {name} on {view.device}; "
                 "all arrays of one call lie on one device. Move one of them"
             )
-    return first.device
 
 
 def check_equal(who: str, what: str, a_name: str, a: View, a_size: int, b_name: str, b: View, b_size: int) -> None:
@@ -112,6 +111,16 @@ def check_queries_keys(who: str, views: dict[str, View], layout: Layout) -> dict
         check_equal(who, "heads", "k", k, of["k"].heads, "v", v, of["v"].heads)
         check_equal(who, "tokens", "k", k, of["k"].tokens, "v", v, of["v"].tokens)
     return of
+
+
+def check_is_selection(who: str, selection: Any) -> Selection:
+    """The argument, if it is a Selection."""
+    if not isinstance(selection, Selection):
+        raise TypeError(
+            f"{who}: selection is a {type_name(selection)}; allowed is a llsa_np.Selection, "
+            "from select() or Selection(arrays, ...)"
+        )
+    return selection
 
 
 def check_selection(who: str, selection: Selection, of: dict[str, Sizes]) -> None:

@@ -8,17 +8,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llsa_np.adapters import common_adapter, type_name
 from llsa_np.attend import attend_tile
-from llsa_np.checks import check_devices, check_floats, check_queries_keys, check_selection
+from llsa_np.call import prepare
 from llsa_np.hierarchy import Hierarchy
-from llsa_np.options import Layout, check_attend_options, check_integer, check_layout
+from llsa_np.options import Layout, check_attend_options, check_integer
 from llsa_np.pool import pool
 from llsa_np.selection import Selection
 from llsa_np.threads import run
 from llsa_np.tiles import Tile, siblings
 
 Doubles = NDArray[np.float64]
+
+CHUNK_SCORES = 2**21
+"""How many scores of dense attention are held at a time, per thread."""
 
 
 def coverage(
@@ -48,26 +50,17 @@ def coverage(
     of sampled queries. Raises as `attend`. Source: spec.md, Attention.
     """
     who = "coverage"
-    layout = check_layout(who, layout)
-    if not isinstance(selection, Selection):
-        raise TypeError(
-            f"{who}: selection is a {type_name(selection)}; allowed is a llsa_np.Selection, e.g. from select()"
-        )
     arrays = {"q": q, "k": k} | ({} if v is None else {"v": v})
-    adapter = common_adapter(who, arrays | {"selection": selection[1]})
-    views = {name: adapter.view(array, layout) for name, array in arrays.items()}
-    of = check_queries_keys(who, views, layout)
-    check_floats(who, views)
-    check_devices(who, views | {"selection": adapter.view(selection[1])})
-    check_selection(who, selection, of)
+    call = prepare(who, "auto", layout, arrays, selection)
+    of = call.sizes
     options = check_attend_options(who, enrich, reweight, scale, "full", levels=selection.levels, dim=of["q"].dim)
     queries = check_integer(who, "queries", queries, 1, None)
     seed = check_integer(who, "seed", seed, 0, None)
 
-    host = {name: adapter.to_numpy(array) for name, array in arrays.items()}
+    host = {name: call.adapter.to_numpy(array) for name, array in arrays.items()}
     if layout == "bnhd":
         host = {name: array.swapaxes(1, 2) for name, array in host.items()}
-    selected = [adapter.to_numpy(level) for level in selection]
+    selected = [call.adapter.to_numpy(level) for level in selection]
     batch, heads, query_tokens, _ = of["q"]
     sample = np.arange(query_tokens)
     if query_tokens > queries:
@@ -80,36 +73,42 @@ def coverage(
 
     def cover_head(head: tuple[int, ...]) -> None:
         n, h = head
-        keys = host["k"][n, h // per_kv_head].astype(np.float64)
+        keys = levels_of(host["k"][n, h // per_kv_head], hierarchy)
+        values = levels_of(host["v"][n, h // per_kv_head], hierarchy) if "v" in host else None
         rows = [level[n, h] for level in selected]
-        levels = None
-        if "v" in host:
-            values = host["v"][n, h // per_kv_head].astype(np.float64)
-            levels = levels_of(keys, hierarchy), levels_of(values, hierarchy)
         difference = dense_norm = 0.0
-        for t in sample:
-            query = host["q"][n, h, t].astype(np.float64)
-            logits = options.scale * (keys @ query)
-            probability = np.exp(logits - logits.max())
-            probability /= probability.sum()
-            tile = Tile(int(t), 1)
-            finest = finest_level(rows, tile, hierarchy, options.levels)
-            mass[n, h] += np.bincount(finest[finest >= 0], probability[finest >= 0], minlength=selection.levels + 1)
-            if levels is not None:
-                dense = probability @ levels[1][0]
-                out, _ = attend_tile(query[None], levels[0], levels[1], rows, tile, hierarchy, options)
-                difference += float(((out[0] - dense) ** 2).sum())
-                dense_norm += float((dense**2).sum())
+        step = max(1, CHUNK_SCORES // len(keys[0]))
+        for some in (sample[i : i + step] for i in range(0, len(sample), step)):
+            chunk = host["q"][n, h, some].astype(np.float64)
+            probability = softmax(options.scale * (chunk @ keys[0].T))
+            dense = probability @ values[0] if values is not None else None
+            for i, t in enumerate(some):
+                tile = Tile(int(t), 1)
+                finest = finest_level(rows, tile, hierarchy, options.levels)
+                mass[n, h] += np.bincount(finest + 1, probability[i], minlength=selection.levels + 2)[1:]
+                if values is not None and dense is not None:
+                    out, _ = attend_tile(chunk[i, None], keys, values, rows, tile, hierarchy, options)
+                    difference += float(((out[0] - dense[i]) ** 2).sum())
+                    dense_norm += float((dense[i] ** 2).sum())
         mass[n, h] /= len(sample)
         if error is not None:
             error[n, h] = np.sqrt(difference / dense_norm) if dense_norm > 0 else np.sqrt(difference)
 
-    run(cover_head, list(np.ndindex(batch, heads)))
+    run(cover_head, list(np.ndindex(batch, heads)), len(sample) * host["k"].size)
     return mass, error
 
 
-def levels_of(x: Doubles, hierarchy: Hierarchy) -> list[Doubles]:
-    """Levels 0..L of one head's keys or values (N, D)."""
+def softmax(logits: Doubles) -> Doubles:
+    """Along the last axis, in place."""
+    logits -= logits.max(axis=-1, keepdims=True)
+    np.exp(logits, out=logits)
+    logits /= logits.sum(axis=-1, keepdims=True)
+    return logits
+
+
+def levels_of(x: NDArray[Any], hierarchy: Hierarchy) -> list[Doubles]:
+    """Levels 0..L of one head's keys or values (N, D), in float64."""
+    x = x.astype(np.float64)
     pooled = [np.empty((1, 1, length, x.shape[1])) for length in hierarchy.lengths[1:]]
     pool(x[None, None], hierarchy, pooled)
     return [x, *(level[0, 0] for level in pooled)]

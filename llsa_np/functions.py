@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 
-from llsa_np.adapters import Adapter, View, common_adapter, type_name
-from llsa_np.backends import Backend, BackendName, Case, check_backend, choose
-from llsa_np.checks import (
-    Sizes,
-    check_devices,
-    check_dtype,
-    check_dtype_name,
-    check_floats,
-    check_queries_keys,
-    check_selection,
-    check_shape,
-    lse_dtype,
-    sizes,
-)
-from llsa_np.hierarchy import MAX_LEVELS, Hierarchy
+from llsa_np.adapters import common_adapter
+from llsa_np.backends import BackendName, Case, check_backend, choose
+from llsa_np.call import empty_levels, prepare
+from llsa_np.checks import check_dtype_name, check_floats, sizes
+from llsa_np.hierarchy import Hierarchy, default_levels
 from llsa_np.options import (
+    MAX_LEVELS,
     Layout,
     Precision,
     TopK,
@@ -32,16 +23,56 @@ from llsa_np.options import (
     check_layout,
     check_levels,
     check_needs,
-    check_pyramid,
     check_topk,
 )
 from llsa_np.selection import Selection
 
+Array = TypeVar("Array")
+"""An array of any supported framework: results are of the kind of the arguments."""
+
+
+@overload
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    block_size: int = 16,
+    levels: int | None = None,
+    topk: TopK = 8,
+    enrich: Iterable[int] | None = None,
+    reweight: bool = True,
+    scale: float | None = None,
+    layout: Layout = "bhnd",
+    return_lse: Literal[False] = False,
+    backend: BackendName = "auto",
+    precision: Precision = "full",
+) -> Array: ...
+
+
+@overload
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    block_size: int = 16,
+    levels: int | None = None,
+    topk: TopK = 8,
+    enrich: Iterable[int] | None = None,
+    reweight: bool = True,
+    scale: float | None = None,
+    layout: Layout = "bhnd",
+    return_lse: Literal[True],
+    backend: BackendName = "auto",
+    precision: Precision = "full",
+) -> tuple[Array, Array]: ...
+
 
 def attention(
-    q: Any,
-    k: Any,
-    v: Any,
+    q: Array,
+    k: Array,
+    v: Array,
     *,
     block_size: int = 16,
     levels: int | None = None,
@@ -79,8 +110,8 @@ def attention(
     Source: spec.md; arXiv 2512.16615.
     """
     who = "attention"
-    call = _prepare(who, backend, layout, {"q": q, "k": k, "v": v})
-    block_size, levels, topks = check_pyramid(who, block_size, levels, topk, call.sizes["k"].tokens)
+    call = prepare(who, backend, layout, {"q": q, "k": k, "v": v})
+    block_size, levels, topks = pyramid(who, block_size, levels, topk, call.sizes["k"].tokens)
     options = check_attend_options(who, enrich, reweight, scale, precision, levels=levels, dim=call.sizes["q"].dim)
     kernels = call.choose(block_size, topks)
     key_hierarchy = Hierarchy(call.sizes["k"].tokens, block_size, levels)
@@ -92,8 +123,8 @@ def attention(
 
 
 def select(
-    q: Any,
-    k: Any,
+    q: Array,
+    k: Array,
     *,
     block_size: int = 16,
     levels: int | None = None,
@@ -112,17 +143,17 @@ def select(
     Source: spec.md, Selection; arXiv 2512.16615, section 3.
     """
     who = "select"
-    call = _prepare(who, backend, layout, {"q": q, "k": k})
-    block_size, levels, topks = check_pyramid(who, block_size, levels, topk, call.sizes["k"].tokens)
+    call = prepare(who, backend, layout, {"q": q, "k": k})
+    block_size, levels, topks = pyramid(who, block_size, levels, topk, call.sizes["k"].tokens)
     kernels = call.choose(block_size, topks)
     key_hierarchy = Hierarchy(call.sizes["k"].tokens, block_size, levels)
     return call.select(kernels, call.levels(kernels, "k", key_hierarchy), key_hierarchy, topks)
 
 
 def attend(
-    q: Any,
-    k: Any,
-    v: Any,
+    q: Array,
+    k: Array,
+    v: Array,
     selection: Selection,
     *,
     enrich: Iterable[int] | None = None,
@@ -131,7 +162,7 @@ def attend(
     layout: Layout = "bhnd",
     backend: BackendName = "auto",
     precision: Precision = "full",
-) -> tuple[Any, Any]:
+) -> tuple[Array, Array]:
     """Attention under a given selection: out_t as in `attention` and lse_t = log Z_t.
 
     q: (batch, heads, M, D). k: (batch, kv_heads, N, D). v: (batch, kv_heads, N, Dv). selection: made for these sizes by
@@ -142,7 +173,7 @@ def attend(
     Source: spec.md, Attention.
     """
     who = "attend"
-    call = _prepare(who, backend, layout, {"q": q, "k": k, "v": v}, selection)
+    call = prepare(who, backend, layout, {"q": q, "k": k, "v": v}, selection)
     options = check_attend_options(
         who, enrich, reweight, scale, precision, levels=selection.levels, dim=call.sizes["q"].dim
     )
@@ -153,15 +184,15 @@ def attend(
 
 
 def attend_backward(
-    dout: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    out: Any,
-    lse: Any,
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
     selection: Selection,
     *,
-    dlse: Any | None = None,
+    dlse: Array | None = None,
     needs: Iterable[str] = ("q", "k", "v"),
     enrich: Iterable[int] | None = None,
     reweight: bool = True,
@@ -185,7 +216,7 @@ def attend_backward(
     arrays = {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse}
     if dlse is not None:
         arrays["dlse"] = dlse
-    call = _prepare(who, backend, layout, arrays, selection)
+    call = prepare(who, backend, layout, arrays, selection)
     needed = check_needs(who, needs)
     options = check_attend_options(
         who, enrich, reweight, scale, precision, levels=selection.levels, dim=call.sizes["q"].dim
@@ -210,8 +241,8 @@ def attend_backward(
 
 
 def pool(
-    x: Any, *, block_size: int = 16, levels: int = 1, layout: Layout = "bhnd", backend: BackendName = "auto"
-) -> tuple[Any, ...]:
+    x: Array, *, block_size: int = 16, levels: int = 1, layout: Layout = "bhnd", backend: BackendName = "auto"
+) -> tuple[Array, ...]:
     """Means of every level: token j of level l is the mean of x over [j b**l, min((j + 1) b**l, N)).
 
     x: (batch, heads, N, D) of float16, bfloat16, float32 or float64, any strides. block_size: b, at least 2.
@@ -230,7 +261,7 @@ def pool(
     block_size = check_block_size(who, block_size)
     hierarchy = Hierarchy(of.tokens, block_size, check_levels(who, levels, block_size))
     kernels = choose(name, view.device, Case(who, dtype, of.dim, of.dim, block_size, ()))
-    results = _empty_levels(adapter, view, of, hierarchy, layout)
+    results = empty_levels(adapter, view, of, hierarchy, layout)
     kernels.pool(view.array, hierarchy, [level.array for _, level in results])
     return tuple(array for array, _ in results)
 
@@ -277,101 +308,8 @@ def precompile(
     choose(backend_name, "cpu", Case(who, dtype_name, dim, value_dim, block_size, topks))
 
 
-class Call(NamedTuple):
-    """A call whose arrays are checked: how to look at them, how large they are, and how to make more of their kind."""
-
-    who: str
-    backend: str
-    layout: Layout
-    adapter: Adapter
-    views: dict[str, View]
-    sizes: dict[str, Sizes]
-    dtype: str
-
-    def choose(self, block_size: int, topk: tuple[int, ...]) -> Backend:
-        value_dim = self.sizes["v"].dim if "v" in self.sizes else self.sizes["q"].dim
-        case = Case(self.who, self.dtype, self.sizes["q"].dim, value_dim, block_size, topk)
-        return choose(self.backend, self.views["q"].device, case)
-
-    def levels(self, kernels: Backend, name: str, hierarchy: Hierarchy) -> list[Any]:
-        """Levels 0..L of an argument."""
-        view = self.views[name]
-        pooled = [level.array for _, level in _empty_levels(self.adapter, view, self.sizes[name], hierarchy, "bhnd")]
-        kernels.pool(view.array, hierarchy, pooled)
-        return [view.array, *pooled]
-
-    def select(
-        self, kernels: Backend, k_levels: list[Any], key_hierarchy: Hierarchy, topk: tuple[int, ...]
-    ) -> Selection:
-        q = self.sizes["q"]
-        hierarchy = Hierarchy(q.tokens, key_hierarchy.block_size, key_hierarchy.levels)
-        results = [
-            self.adapter.empty((q.batch, q.heads, length, k), "int32", self.views["q"])
-            for length, k in zip(hierarchy.lengths[1:], topk, strict=True)
-        ]
-        q_levels = self.levels(kernels, "q", hierarchy)
-        kernels.select(q_levels[1:], k_levels[1:], key_hierarchy, [view.array for _, view in results])
-        return Selection(
-            [array for array, _ in results],
-            block_size=hierarchy.block_size,
-            query_tokens=q.tokens,
-            key_tokens=key_hierarchy.tokens,
-            validate=False,
-        )
-
-    def attend(
-        self, kernels: Backend, k_levels: list[Any], v_levels: list[Any], selection: Selection, options: Any
-    ) -> tuple[Any, Any]:
-        q, view = self.sizes["q"], self.views["q"]
-        out, out_view = self.adapter.empty((q.batch, q.heads, q.tokens, self.sizes["v"].dim), None, view, self.layout)
-        lse, lse_view = self.adapter.empty((q.batch, q.heads, q.tokens), lse_dtype(self.dtype), view)
-        kernels.attend(view.array, k_levels, v_levels, selection, options, out_view.array, lse_view.array)
-        return out, lse
-
-    def empty_like(self, name: str) -> tuple[Any, Any]:
-        """A new array of an argument's shape, dtype and layout: for the caller, and as the backend sees it."""
-        array, view = self.adapter.empty(tuple(self.sizes[name]), None, self.views[name], self.layout)
-        return array, view.array
-
-
-def _prepare(who: str, backend: Any, layout: Any, arrays: dict[str, Any], *selection: Any) -> Call:
-    """The checks that all calls with queries and keys share, in this order: is the backend there, are the arrays what
-    it takes, do they fit together. selection: the call's Selection, if the operation has one."""
-    backend = check_backend(who, backend)
-    layout = check_layout(who, layout)
-    selected = {}
-    for given in selection:
-        if not isinstance(given, Selection):
-            raise TypeError(
-                f"{who}: selection is a {type_name(given)}; allowed is a llsa_np.Selection, "
-                "from select() or Selection(arrays, ...)"
-            )
-        selected["selection"] = given[1]
-    adapter = common_adapter(who, arrays | selected)
-    views = {name: adapter.view(x, "bhnd" if name in ("lse", "dlse") else layout) for name, x in arrays.items()}
-    of = check_queries_keys(who, {name: view for name, view in views.items() if name in ("q", "k", "v")}, layout)
-    dtype = check_floats(who, {name: view for name, view in views.items() if name not in ("lse", "dlse")})
-    check_devices(who, views | {name: adapter.view(x) for name, x in selected.items()})
-    for given in selection:
-        check_selection(who, given, of)
-    if "dout" in views:
-        _check_results(who, views, of, dtype, layout)
-    return Call(who, backend, layout, adapter, views, of, dtype)
-
-
-def _check_results(who: str, views: dict[str, View], of: dict[str, Sizes], dtype: str, layout: Layout) -> None:
-    """out, lse and their gradients have the shapes and dtypes that `attend` gives for these inputs."""
-    q, value_dim = of["q"], of["v"].dim
-    shape = (q.batch, q.heads, q.tokens, value_dim) if layout == "bhnd" else (q.batch, q.tokens, q.heads, value_dim)
-    for name in ("out", "dout"):
-        check_shape(who, name, views[name], shape, "the shape of attend's out for these q and v")
-    for name in ("lse", "dlse"):
-        if name in views:
-            check_shape(who, name, views[name], (q.batch, q.heads, q.tokens), "(batch, heads, queries) in both layouts")
-            check_dtype(who, name, views[name], lse_dtype(dtype))
-
-
-def _empty_levels(
-    adapter: Adapter, view: View, of: Sizes, hierarchy: Hierarchy, layout: Layout
-) -> list[tuple[Any, View]]:
-    return [adapter.empty((of.batch, of.heads, length, of.dim), None, view, layout) for length in hierarchy.lengths[1:]]
+def pyramid(who: str, block_size: Any, levels: Any, topk: Any, key_tokens: int) -> tuple[int, int, tuple[int, ...]]:
+    """(block_size, levels, topk per level 1..L), levels chosen from the number of keys where it is None."""
+    block_size = check_block_size(who, block_size)
+    levels = check_levels(who, default_levels(key_tokens, block_size) if levels is None else levels, block_size)
+    return block_size, levels, check_topk(who, topk, levels)

@@ -8,8 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_LEVELS = 16
-MAX_SPAN = 2**62  # block_size ** levels stays below this, so that token arithmetic fits int64
+from llsa_np.options import MAX_LEVELS, check_block_size, check_integer, check_levels
 
 
 @dataclass(frozen=True)
@@ -23,12 +22,10 @@ class Hierarchy:
     """
 
     tokens: int
-    block_size: int = 16
-    levels: int = 1
+    block_size: int
+    levels: int
 
     def __post_init__(self) -> None:
-        from llsa_np.options import check_block_size, check_integer, check_levels
-
         tokens = check_integer("Hierarchy", "tokens", self.tokens, 1, None)
         block_size = check_block_size("Hierarchy", self.block_size)
         levels = check_levels("Hierarchy", self.levels, block_size)
@@ -77,14 +74,10 @@ class Hierarchy:
         return token // self.stride(level)
 
     def _length(self, level: int) -> int:
-        if not 0 <= level <= self.levels:
-            raise ValueError(f"Hierarchy: level is {level!r}; this hierarchy has levels 0..{self.levels}")
-        return self.lengths[level]
+        return self.lengths[check_integer("Hierarchy", "level", level, 0, self.levels)]
 
     def _check_token(self, level: int, token: int) -> None:
-        length = self._length(level)
-        if not 0 <= token < length:
-            raise ValueError(f"Hierarchy: token is {token!r}; level {level} has tokens 0..{length - 1}")
+        check_integer("Hierarchy", f"token of level {level}", token, 0, self._length(level) - 1)
 
 
 def default_levels(tokens: int, block_size: int = 16) -> int:
@@ -93,8 +86,6 @@ def default_levels(tokens: int, block_size: int = 16) -> int:
     tokens: number of keys N, at least 1. block_size: b, at least 2; else a ValueError.
     With b = 16: 2 at 16,384, 3 at 65,536 and at 262,144, 4 at 1,048,576. Source: spec.md, Notation.
     """
-    from llsa_np.options import check_block_size, check_integer
-
     tokens = check_integer("default_levels", "tokens", tokens, 1, None)
     block_size = check_block_size("default_levels", block_size)
     log = 0

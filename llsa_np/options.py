@@ -10,11 +10,12 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
-from llsa_np.hierarchy import MAX_LEVELS, MAX_SPAN, default_levels
-
 Layout = Literal["bhnd", "bnhd"]
 Precision = Literal["full", "tf32"]
 TopK = int | Iterable[int]
+
+MAX_LEVELS = 16
+MAX_SPAN = 2**62  # block_size ** levels stays below this, so that token arithmetic fits int64
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,6 @@ def check_levels(who: str, levels: Any, block_size: int) -> int:
             "Use fewer levels or a smaller block_size"
         )
     return number
-
-
-def check_pyramid(
-    who: str, block_size: Any, levels: Any, topk: Any, key_tokens: int
-) -> tuple[int, int, tuple[int, ...]]:
-    """(block_size, levels, topk per level 1..L), levels chosen from the number of keys where it is None."""
-    block_size = check_block_size(who, block_size)
-    levels = check_levels(who, default_levels(key_tokens, block_size) if levels is None else levels, block_size)
-    return block_size, levels, check_topk(who, topk, levels)
 
 
 def check_topk(who: str, topk: Any, levels: int) -> tuple[int, ...]:
@@ -119,9 +111,9 @@ def check_scale(who: str, scale: Any, dim: int) -> float:
     allowed = "allowed is a finite number above 0, or None for 1 / sqrt(head dim)"
     try:
         number = float(scale)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{who}: scale is {scale!r}; {allowed}") from None
-    if not (math.isfinite(number) and number > 0) or isinstance(scale, str):
+    if not (math.isfinite(number) and number > 0) or isinstance(scale, (str, bool, np.bool_)):
         raise ValueError(f"{who}: scale is {scale!r}; {allowed}")
     return number
 
@@ -139,7 +131,7 @@ def check_layout(who: str, layout: Any) -> Layout:
 def check_needs(who: str, needs: Any) -> frozenset[str]:
     """Which gradients are asked for."""
     allowed = "allowed is any of 'q', 'k' and 'v'"
-    if not isinstance(needs, Iterable):
+    if not isinstance(needs, Iterable) or isinstance(needs, str):
         raise ValueError(f"{who}: needs is {needs!r}; {allowed}, as a tuple")
     given = tuple(needs)
     if not all(name in ("q", "k", "v") for name in given):

@@ -34,7 +34,7 @@ def pool(x: Floats, hierarchy: Hierarchy, out: list[Floats]) -> None:
             sums = sum_children(sums, hierarchy.block_size)
             out[level][head] = sums / counts[level]
 
-    run(pool_head, list(np.ndindex(x.shape[:2])), most_inline=max(1, 2**16 // x[0, 0].size) if x.size else 1)
+    run(pool_head, list(np.ndindex(x.shape[:2])), x.size)
 
 
 def sum_children(x: Floats, block_size: int) -> Floats:

@@ -10,7 +10,10 @@ from numpy.typing import NDArray
 from llsa_np.hierarchy import Hierarchy
 from llsa_np.pool import accumulator
 from llsa_np.threads import run
-from llsa_np.tiles import PIECE_BYTES, Floats, Siblings, Tile, gather, pieces, siblings, tiles
+from llsa_np.tiles import MOST_QUERIES, PIECE_BYTES, Floats, Siblings, Tile, gather, pieces, siblings, tiles
+
+ROW_ARRAYS = 8
+"""How many arrays as large as a tile's scores are alive at once, at most: scores, keys, comparisons, their sums."""
 
 LANES = 16
 """Candidates are scored in multiples of this many: BLAS sums the last few rows of a matrix in another order, and equal
@@ -41,7 +44,7 @@ def select(
             )
             above = selected
 
-    run(select_head, list(np.ndindex(batch, heads)), most_inline=max(1, 2048 // q_levels[0].shape[2]))
+    run(select_head, list(np.ndindex(batch, heads)), q_levels[0].size * hierarchy.block_size)
 
 
 def select_level(
@@ -55,8 +58,11 @@ def select_level(
     """S_l of one head: q (m_l, D), k (n_l, D), above S_{l+1} (m_{l+1}, K_{l+1}) or None on the coarsest level."""
     acc = accumulator(q.dtype)
     block_size = hierarchy.block_size
-    row_bytes = 6 * np.dtype(acc).itemsize * hierarchy.lengths[level] if above is None else 0
-    most = max(1, min(1024, PIECE_BYTES // max(1, row_bytes)))
+    candidates = hierarchy.lengths[level]
+    if above is not None:
+        candidates = min(candidates, above.shape[1] * block_size)
+    row_bytes = ROW_ARRAYS * np.dtype(acc).itemsize * candidates
+    most = max(1, min(MOST_QUERIES, PIECE_BYTES // row_bytes))
     for tile in tiles(len(q), block_size, most):
         blocks = siblings(level, hierarchy, None if above is None else above[tile.ancestors(block_size)])
         select_tile(q, k, tile, blocks, acc, out)

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llsa_np.adapters import common_adapter, type_name
-from llsa_np.hierarchy import MAX_LEVELS, Hierarchy
-from llsa_np.options import check_block_size, check_integer, check_levels
+from llsa_np.hierarchy import Hierarchy
+from llsa_np.options import MAX_LEVELS, check_block_size, check_integer, check_levels
 
 
 class Selection:
@@ -107,7 +107,7 @@ class Selection:
         return self.key_hierarchy.tokens
 
     def __getitem__(self, level: int) -> Any:
-        if level not in range(1, self.levels + 1):
+        if not isinstance(level, (int, np.integer)) or not 1 <= level <= self.levels:
             raise IndexError(f"Selection: level is {level!r}; this selection has levels 1..{self.levels}")
         return self._arrays[level - 1]
 

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -14,8 +15,10 @@ import numpy as np
 Task = TypeVar("Task")
 
 
-def run(work: Callable[[Task], None], tasks: Sequence[Task], most_inline: int = 1) -> None:
-    """Call work(task) for every task, on as many threads as there are cores; inline where there are few tasks.
+def run(work: Callable[[Task], None], tasks: Sequence[Task], numbers: int) -> None:
+    """Call work(task) for every task, on as many threads as there are cores.
+
+    numbers: how many numbers go in, in all; where they are few, everything stays on the calling thread.
 
     NaN, infinity and overflow in the data are results here, not warnings. BLAS is held to one thread meanwhile if
     threadpoolctl is installed: its own threads would wait for each other.
@@ -25,7 +28,7 @@ def run(work: Callable[[Task], None], tasks: Sequence[Task], most_inline: int = 
         with np.errstate(all="ignore"):
             work(task)
 
-    if len(tasks) <= most_inline or cores() == 1:
+    if len(tasks) <= 1 or cores() == 1 or numbers < FEW_NUMBERS:
         for task in tasks:
             quietly(task)
         return
@@ -36,15 +39,28 @@ def run(work: Callable[[Task], None], tasks: Sequence[Task], most_inline: int = 
             pass
 
 
+FEW_NUMBERS = 2**14
+"""Attention over fewer numbers takes about a millisecond, and starting threads a good part of that."""
+
+MOST_THREADS = 16
+"""So many threads, each with its piece of work, stay within the memory that is promised (256 MiB)."""
+
+
 def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many threads to use: as many as the process may use cores, up to MOST_THREADS."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(available, MOST_THREADS)
 
 
 _lock = threading.Lock()
 _callers = 0
 _controller: Any = None
 _limit: Any = None
+
+
+@cache
+def _has_threadpoolctl() -> bool:
+    return find_spec("threadpoolctl") is not None
 
 
 @contextmanager
@@ -54,7 +70,7 @@ def single_threaded_blas() -> Iterator[None]:
     The number is the process's, so of several callers at once the first sets it and the last puts it back.
     """
     global _callers, _controller, _limit
-    if find_spec("threadpoolctl") is None:
+    if not _has_threadpoolctl():
         yield
         return
     from threadpoolctl import ThreadpoolController

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llsa_np.hierarchy import Hierarchy
-from llsa_np.threads import cores
 
 Floats = NDArray[Any]  # of any of the four dtypes, bfloat16 among them
 Ints = NDArray[np.int64]
@@ -31,8 +30,9 @@ STRIP = 32
 """Queries of one matrix product, where b allows: products this small run at full speed and stay below OpenBLAS's
 threshold for threads, so they run on the thread that asked."""
 
-PIECE_BYTES = min(8 * 2**20, 128 * 2**20 // cores())
-"""What the candidates' keys, values and scores of one piece may take, on each of the threads that share 128 MiB."""
+PIECE_BYTES = 8 * 2**20
+"""What the candidates' keys, values and scores of one piece may take, on each of at most 16 threads. It is the same on
+every machine, since where pieces end decides in which order sums are taken."""
 
 
 class Tile(NamedTuple):

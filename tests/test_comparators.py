@@ -5,7 +5,6 @@ A mutation is planted where a real bug sits: in the levels, weights, tails or st
 
 import importlib
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +14,17 @@ from hypothesis import assume, given, settings
 from strategies import DTYPES, Case, cases
 
 import llsa_np as llsa
-from llsa_np.accuracy import compare, error, exact, lse_error, selection_is_right
+from llsa_np.accuracy import (
+    GRADIENT_BOUND,
+    LSE_BOUND,
+    OUT_BOUND,
+    compare,
+    error,
+    exact,
+    lse_error,
+    selection_is_right,
+)
+from llsa_np.attend_backward import unpool
 from llsa_np.options import AttendOptions
 
 CASE = Case(dtype="float32", query_tokens=45, key_tokens=45, dim=8, value_dim=8, levels=2, topk=2, group=2, kv_heads=2)
@@ -51,13 +60,11 @@ def test_a_missing_count_weight(dtype):
 
 def test_the_tails_count_taken_for_a_whole_block(monkeypatch):
     """The last token of every coarse level weighed as if it stood for b**l tokens."""
-    right = run(CASE, "numpy", NumPy)
-    expected = reference(CASE, right.selection)
-    attend_module = importlib.import_module("llsa_np.attend")
-    monkeypatch.setattr(
-        attend_module, "log_weights", lambda level, hierarchy, _: level * math.log(hierarchy.block_size)
-    )
-    ratios = worst(run(CASE, "numpy", NumPy, selection=right.selection), CASE, expected)
+
+    def whole(level, hierarchy, piece):
+        return level * math.log(hierarchy.block_size)
+
+    ratios = mutated(monkeypatch, "attend", "log_weights", whole)
     assert min(ratios.values()) > 1, ratios
 
 
@@ -111,22 +118,75 @@ def test_a_wrong_dtype_or_shape(name):
     assert worst(results)[name] == math.inf
 
 
-def test_key_gradients_not_divided_by_the_count():
+def mutated(monkeypatch, module, name, mutation):
+    """The results with one function of the package replaced, and their ratios to the reference of the right ones."""
     right = run(CASE, "numpy", NumPy)
-    only_coarse = reference(CASE, right.selection)
-    for name in ("dk", "dv"):
-        right.arrays[name] = right[name] * np.float32(1.001)
-        assert worst(right, CASE, only_coarse)[name] > 1
+    expected = reference(CASE, right.selection)
+    monkeypatch.setattr(importlib.import_module(f"llsa_np.{module}"), name, mutation)
+    return worst(run(CASE, "numpy", NumPy, selection=right.selection), CASE, expected)
 
 
-def test_bounds_are_not_loose():
-    """A result off by twice its bound fails, whatever the size of the numbers."""
+def test_key_gradients_not_divided_by_the_count(monkeypatch):
+    def undivided(levels, hierarchy):
+        scaled = {level: x * hierarchy.counts(level)[:, None].astype(x.dtype) for level, x in levels.items()}
+        return unpool(scaled, hierarchy)
+
+    ratios = mutated(monkeypatch, "attend_backward", "unpool", undivided)
+    assert min(ratios["dk"], ratios["dv"]) > 1
+    assert max(ratios["out"], ratios["dq"]) <= 1
+
+
+def test_a_dropped_dlse():
+    right = run(CASE, "numpy", NumPy)
+    ratios = worst(
+        run(CASE, "numpy", NumPy, selection=right.selection, dlse=False), CASE, reference(CASE, right.selection)
+    )
+    assert min(ratios["dq"], ratios["dk"]) > 1
+
+
+def test_a_missing_delta(monkeypatch):
+    """dS = P (dO v^T + dlse): what is left when out is taken for zero."""
+    right = run(CASE, "numpy", NumPy)
+    expected = reference(CASE, right.selection)
+    q, k, v, dout, dlse = CASE.arrays()
+    zero = np.zeros_like(right["out"])
+    options = CASE.attend_options
+    dq, dk, dv = llsa.attend_backward(dout, q, k, v, zero, right["lse"], right.selection, dlse=dlse, **options)
+    ratios = compare({"dq": dq, "dk": dk, "dv": dv}, expected, CASE.dtype)
+    assert min(ratios["dq"], ratios["dk"]) > 1
+    assert ratios["dv"] <= 1
+
+
+def test_query_heads_reading_the_wrong_kv_head():
+    """h % kv_heads instead of h // group."""
+    right = run(CASE, "numpy", NumPy)
+    q, k, v, dout, dlse = CASE.arrays()
+    wrong = run(CASE, "numpy", NumPy, (q, k[:, ::-1], v[:, ::-1], dout, dlse), right.selection)
+    assert min(worst(wrong, CASE, reference(CASE, right.selection)).values()) > 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bounds_are_not_loose(dtype):
+    """A result off by twice its bound fails in every dtype, and one off by half of it passes."""
+    case = CASE.but(dtype=dtype)
+    right = run(case, "numpy", NumPy)
+    expected = reference(case, right.selection)
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((2, 3, 50, 8))
-    for magnitude in (2.0**-8, 1.0, 2.0**4):
-        noise = rng.standard_normal(x.shape)
-        noise *= np.linalg.norm(x) / np.linalg.norm(noise)
-        assert error(magnitude * (x + 2e-6 * noise), magnitude * x, magnitude * np.abs(x)) > 1.9e-6
+    for name in ("out", "dq", "dk", "dv"):
+        bound = (OUT_BOUND if name == "out" else GRADIENT_BOUND)[dtype]
+        for times, fails in ((2.5, True), (0.5, False)):
+            noise = rng.standard_normal(right[name].shape)
+            size = max(np.linalg.norm(expected.results[name]), np.linalg.norm(expected.sizes[name]) / 2)
+            off = expected.results[name] + noise * (times * bound * size / np.linalg.norm(noise))
+            ratio = compare({name: off.astype(DTYPES[dtype])}, expected, dtype)[name]
+            assert (ratio > 1) == fails, f"{name} off by {times} times its bound has the ratio {ratio}"
+    for times, fails in ((2.0, True), (0.5, False)):
+        off = expected.results["lse"] + times * LSE_BOUND[dtype] * max(1, np.abs(expected.results["lse"]).max())
+        off = off.astype(np.float64 if dtype == "float64" else np.float32)
+        assert (compare({"lse": off}, expected, dtype)["lse"] > 1) == fails
+
+
+def test_lse_of_empty_rows():
     assert lse_error(np.array([1.0, -np.inf]), np.array([1.0, 0.0])) == math.inf
     assert lse_error(np.array([1.0, 0.0]), np.array([1.0, -np.inf])) == math.inf
     assert lse_error(np.array([1.0, np.nan]), np.array([1.0, 0.0])) == math.inf
@@ -222,4 +282,3 @@ def test_options_reach_the_reference():
     plain = reference(CASE, right.selection).results["out"]
     for options in ({"enrich": ()}, {"enrich": (2,)}, {"reweight": False}, {"scale": 1.0}):
         assert np.abs(reference(CASE, right.selection, **options).results["out"] - plain).max() > 1e-3
-    assert replace(reference(CASE, right.selection), largest=0.0).largest == 0.0

@@ -36,7 +36,7 @@ def test_an_error_in_a_thread_comes_out_and_blas_is_put_back():
             raise RuntimeError("task 5")
 
     with pytest.raises(RuntimeError, match="task 5"):
-        run_tasks(fail, list(range(8)))
+        run_tasks(fail, list(range(8)), 10**6)
     assert blas_threads() == before
 
 

@@ -1,0 +1,124 @@
+"""What happens to a call's arguments before a backend sees them: checked once, viewed, and given results to fill."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from llsa_np.adapters import Adapter, View, common_adapter
+from llsa_np.backends import Backend, Case, check_backend, choose
+from llsa_np.checks import (
+    Sizes,
+    check_devices,
+    check_dtype,
+    check_floats,
+    check_is_selection,
+    check_queries_keys,
+    check_selection,
+    check_shape,
+    lse_dtype,
+)
+from llsa_np.hierarchy import Hierarchy
+from llsa_np.options import AttendOptions, Layout, check_layout
+from llsa_np.selection import Selection
+
+NO_SELECTION: Any = object()
+"""Stands for the argument that `attention` and `select` do not have; None would be a mistake of the caller's."""
+
+NOT_IN_LAYOUT = ("lse", "dlse")
+"""(batch, heads, queries) in both layouts."""
+
+
+class Call(NamedTuple):
+    """A call whose arrays are checked: how to look at them, how large they are, and how to make more of their kind."""
+
+    who: str
+    backend: str
+    layout: Layout
+    adapter: Adapter
+    views: dict[str, View]
+    sizes: dict[str, Sizes]
+    dtype: str
+
+    def choose(self, block_size: int, topk: tuple[int, ...]) -> Backend:
+        value_dim = self.sizes["v"].dim if "v" in self.sizes else self.sizes["q"].dim
+        case = Case(self.who, self.dtype, self.sizes["q"].dim, value_dim, block_size, topk)
+        return choose(self.backend, self.views["q"].device, case)
+
+    def levels(self, kernels: Backend, name: str, hierarchy: Hierarchy) -> list[Any]:
+        """Levels 0..L of an argument."""
+        view = self.views[name]
+        pooled = [level.array for _, level in empty_levels(self.adapter, view, self.sizes[name], hierarchy, "bhnd")]
+        kernels.pool(view.array, hierarchy, pooled)
+        return [view.array, *pooled]
+
+    def select(
+        self, kernels: Backend, k_levels: list[Any], key_hierarchy: Hierarchy, topk: tuple[int, ...]
+    ) -> Selection:
+        q = self.sizes["q"]
+        hierarchy = Hierarchy(q.tokens, key_hierarchy.block_size, key_hierarchy.levels)
+        results = [
+            self.adapter.empty((q.batch, q.heads, length, k), "int32", self.views["q"])
+            for length, k in zip(hierarchy.lengths[1:], topk, strict=True)
+        ]
+        q_levels = self.levels(kernels, "q", hierarchy)
+        kernels.select(q_levels[1:], k_levels[1:], key_hierarchy, [view.array for _, view in results])
+        return Selection(
+            [array for array, _ in results],
+            block_size=hierarchy.block_size,
+            query_tokens=q.tokens,
+            key_tokens=key_hierarchy.tokens,
+            validate=False,
+        )
+
+    def attend(
+        self, kernels: Backend, k_levels: list[Any], v_levels: list[Any], selection: Selection, options: AttendOptions
+    ) -> tuple[Any, Any]:
+        q, view = self.sizes["q"], self.views["q"]
+        out, out_view = self.adapter.empty((q.batch, q.heads, q.tokens, self.sizes["v"].dim), None, view, self.layout)
+        lse, lse_view = self.adapter.empty((q.batch, q.heads, q.tokens), lse_dtype(self.dtype), view)
+        kernels.attend(view.array, k_levels, v_levels, selection, options, out_view.array, lse_view.array)
+        return out, lse
+
+    def empty_like(self, name: str) -> tuple[Any, Any]:
+        """A new array of an argument's shape, dtype and layout: for the caller, and as the backend sees it."""
+        array, view = self.adapter.empty(tuple(self.sizes[name]), None, self.views[name], self.layout)
+        return array, view.array
+
+
+def prepare(who: str, backend: Any, layout: Any, arrays: dict[str, Any], selection: Any = NO_SELECTION) -> Call:
+    """The checks that calls with queries and keys share, in this order: is the backend there, are the arrays what it
+    takes, do they fit together."""
+    backend = check_backend(who, backend)
+    layout = check_layout(who, layout)
+    selected: dict[str, Any] = {}
+    if selection is not NO_SELECTION:
+        selected["selection"] = check_is_selection(who, selection)[1]
+    adapter = common_adapter(who, arrays | selected)
+    views = {name: adapter.view(x, "bhnd" if name in NOT_IN_LAYOUT else layout) for name, x in arrays.items()}
+    of = check_queries_keys(who, {name: view for name, view in views.items() if name in ("q", "k", "v")}, layout)
+    dtype = check_floats(who, {name: view for name, view in views.items() if name not in NOT_IN_LAYOUT})
+    check_devices(who, views | {name: adapter.view(x) for name, x in selected.items()})
+    if selected:
+        check_selection(who, selection, of)
+    if "dout" in views:
+        check_results(who, views, of, dtype, layout)
+    return Call(who, backend, layout, adapter, views, of, dtype)
+
+
+def check_results(who: str, views: dict[str, View], of: dict[str, Sizes], dtype: str, layout: Layout) -> None:
+    """out, lse and their gradients have the shapes and dtypes that `attend` gives for these inputs."""
+    q, value_dim = of["q"], of["v"].dim
+    shape = (q.batch, q.heads, q.tokens, value_dim) if layout == "bhnd" else (q.batch, q.tokens, q.heads, value_dim)
+    for name in ("out", "dout"):
+        check_shape(who, name, views[name], shape, "the shape of attend's out for these q and v")
+    for name in ("lse", "dlse"):
+        if name in views:
+            check_shape(who, name, views[name], (q.batch, q.heads, q.tokens), "(batch, heads, queries) in both layouts")
+            check_dtype(who, name, views[name], lse_dtype(dtype))
+
+
+def empty_levels(
+    adapter: Adapter, view: View, of: Sizes, hierarchy: Hierarchy, layout: Layout
+) -> list[tuple[Any, View]]:
+    """New arrays for levels 1..L beside an argument: for the caller, and as the backend sees them."""
+    return [adapter.empty((of.batch, of.heads, length, of.dim), None, view, layout) for length in hierarchy.lengths[1:]]
