@@ -44,7 +44,7 @@ class Adapter(Protocol):
         `layout`: the array for the caller and the view for the backend. dtype None means that of `like`."""
 
     def namespace(self, array: Any) -> Any:
-        """The module whose functions follow the Python array API, for `merge`."""
+        """The module whose functions follow the Python array API, for `merge`; None where the framework has none."""
 
     def to_numpy(self, array: Any) -> NDArray[Any]:
         """The contents on the host, copied if they lie elsewhere, for `coverage` and for checking a Selection."""

@@ -64,7 +64,7 @@ def check_floats(who: str, views: dict[str, View]) -> str:
 def check_dtype_name(who: str, dtype: Any) -> str:
     """The name of an element type given as a name or as anything that NumPy takes for one."""
     try:
-        name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+        name = dtype if isinstance(dtype, str) or dtype is None else np.dtype(dtype).name
     except TypeError:
         name = repr(dtype)
     if name not in FLOATS:

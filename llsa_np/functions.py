@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal, TypeVar, overload
 
-import numpy as np
-
 from llsa_np.adapters import common_adapter
 from llsa_np.backends import BackendName, Case, check_backend, choose
 from llsa_np.call import empty_levels, prepare
@@ -17,8 +15,10 @@ from llsa_np.options import (
     Layout,
     Precision,
     TopK,
+    as_tuple,
     check_attend_options,
     check_block_size,
+    check_flag,
     check_integer,
     check_layout,
     check_levels,
@@ -110,6 +110,7 @@ def attention(
     Source: spec.md; arXiv 2512.16615.
     """
     who = "attention"
+    return_lse = check_flag(who, "return_lse", return_lse)
     call = prepare(who, backend, layout, {"q": q, "k": k, "v": v})
     block_size, levels, topks = pyramid(who, block_size, levels, topk, call.sizes["k"].tokens)
     options = check_attend_options(who, enrich, reweight, scale, precision, levels=levels, dim=call.sizes["q"].dim)
@@ -293,16 +294,15 @@ def precompile(
     dim = check_integer(who, "dim", dim, 1, None)
     value_dim = dim if value_dim is None else check_integer(who, "value_dim", value_dim, 1, None)
     block_size = check_block_size(who, block_size)
-    if levels is None:
-        topk = tuple(topk) if isinstance(topk, Iterable) else (topk,)
-        topks = check_topk(who, topk, len(topk))
-        enrichable = MAX_LEVELS
+    if levels is None:  # any number of levels, or as many as topk has entries
+        per_level = as_tuple(topk)
+        levels = 1 if per_level is None else len(per_level)
+        enrichable = MAX_LEVELS if per_level is None else levels
     else:
-        enrichable = check_levels(who, levels, block_size)
-        topks = check_topk(who, topk, enrichable)
+        enrichable = levels
+    topks = check_topk(who, topk, check_levels(who, levels, block_size))
     check_attend_options(who, enrich, reweight, None, precision, levels=enrichable, dim=dim)
-    if not isinstance(backward, (bool, np.bool_)):
-        raise ValueError(f"{who}: backward is {backward!r}; allowed is True or False")
+    check_flag(who, "backward", backward)
     if arch is not None and not (isinstance(arch, str) and arch.startswith("sm_")):
         raise ValueError(f"{who}: arch is {arch!r}; allowed is None or a name such as 'sm_90a'")
     choose(backend_name, "cpu", Case(who, dtype_name, dim, value_dim, block_size, topks))

@@ -35,7 +35,7 @@ class Hierarchy:
 
     def stride(self, level: int) -> int:
         """b**l: how many level-0 tokens a token of a level stands for, but for the ragged last one."""
-        stride: int = self.block_size**level
+        stride: int = self.block_size ** check_integer("Hierarchy", "level", level, 0, self.levels)
         return stride
 
     @cached_property

@@ -49,8 +49,11 @@ def merge(*pairs: tuple[Any, Any], layout: Layout = "bhnd") -> tuple[Any, Any]:
         )
         check_dtype(who, name, view, lse_dtype(dtype))
 
+    xp = adapter.namespace(pairs[0][0])
+    if xp is None:
+        raise TypeError(f"{who}: arrays of {adapter.name} have no operations to merge them with; convert them first")
     with np.errstate(all="ignore"):  # NaN and infinity are results here, not warnings
-        return merge_arrays(adapter.namespace(pairs[0][0]), pairs, layout)
+        return merge_arrays(xp, pairs, layout)
 
 
 def merge_arrays(xp: Any, pairs: Sequence[tuple[Any, Any]], layout: Layout) -> tuple[Any, Any]:
@@ -59,19 +62,26 @@ def merge_arrays(xp: Any, pairs: Sequence[tuple[Any, Any]], layout: Layout) -> t
     for _, lse in pairs[1:]:
         top = xp.maximum(top, lse)
     zero = xp.zeros_like(top)
-    shift = xp.where(top == -xp.inf, zero, top)  # a row that is empty in all pairs: exp(-inf - 0) = 0
-    total: Any = 0
-    total_out: Any = 0
-    for out, lse in pairs:
-        empty = lse == -xp.inf  # nothing of such a row may reach the sums, nor a gradient: not even 0 times NaN
-        weight = xp.where(empty, zero, xp.exp(xp.where(empty, zero, lse - shift)))
-        part = xp.astype(out, lse.dtype, copy=False)
-        part = xp.where(column(xp, empty, layout), xp.zeros_like(part), part)
+    shift = xp.where(xp.isinf(top), zero, top)  # a row that is empty in all pairs: exp(-inf - 0) = 0
+    empty = [lse == -xp.inf for _, lse in pairs]
+    # Nothing of an empty row may reach the sums, nor a gradient: not even 0 times NaN, so what goes in is replaced too.
+    weights = [xp.where(none, zero, xp.exp(xp.where(none, zero, lse - shift))) for none, (_, lse) in zip(empty, pairs)]
+    total = weights[0]
+    for weight in weights[1:]:
         total = total + weight
-        total_out = total_out + column(xp, weight, layout) * part
     safe = xp.where(total == 0, xp.ones_like(total), total)
-    merged = xp.astype(total_out / column(xp, safe, layout), pairs[0][0].dtype, copy=False)
-    return merged, xp.where(total == 0, top, shift + xp.log(safe))
+    merged: Any = None
+    seen = xp.zeros_like(empty[0])  # rows that hold something already
+    for (out, lse), none, weight in zip(pairs, empty, weights):
+        part = xp.astype(out, lse.dtype, copy=False)
+        part = xp.where(column(xp, none, layout), xp.zeros_like(part), part) * column(xp, weight / safe, layout)
+        if merged is None:
+            merged = part
+        else:  # neither adding to nothing nor adding nothing may touch a bit, and -0 + 0 would
+            both = xp.where(column(xp, seen, layout), merged + part, part)
+            merged = xp.where(column(xp, none, layout), merged, both)
+        seen = seen | ~none
+    return xp.astype(merged, pairs[0][0].dtype, copy=False), xp.where(total == 0, top, shift + xp.log(safe))
 
 
 def column(xp: Any, x: Any, layout: Layout) -> Any:

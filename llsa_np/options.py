@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -61,29 +62,40 @@ def check_levels(who: str, levels: Any, block_size: int) -> int:
 def check_topk(who: str, topk: Any, levels: int) -> tuple[int, ...]:
     """One K_l per level 1..levels, from an int or from one int per level."""
     limit = 2**31 - 1  # what an int32 index can tell apart
-    if isinstance(topk, Iterable) and not isinstance(topk, (str, bytes)):
-        given = tuple(topk)
-        if len(given) != levels:
-            raise ValueError(
-                f"{who}: topk has {len(given)} entries, {given!r}, for {levels} levels; "
-                "allowed is one integer, or one integer for each of the levels 1..levels"
-            )
-    else:
+    given = as_tuple(topk)
+    if given is None:
         given = (topk,) * levels
+    if len(given) != levels:
+        raise ValueError(
+            f"{who}: topk has {len(given)} entries, {given!r}, for {levels} levels; "
+            "allowed is one integer, or one integer for each of the levels 1..levels"
+        )
     return tuple(check_integer(who, "topk", k, 1, limit) for k in given)
+
+
+def as_tuple(values: Any) -> tuple[Any, ...] | None:
+    """The entries of a sequence; None of what is none, a string or an array without axes among them."""
+    if isinstance(values, (str, bytes)) or getattr(values, "ndim", 1) == 0 or not isinstance(values, Iterable):
+        return None
+    return tuple(values)
+
+
+def check_flag(who: str, name: str, value: Any) -> bool:
+    """The value of a switch."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{who}: {name} is {value!r}; allowed is True or False")
+    return bool(value)
 
 
 def check_attend_options(
     who: str, enrich: Any, reweight: Any, scale: Any, precision: Any, *, levels: int, dim: int
 ) -> AttendOptions:
     """The options of `attend`, checked and with their defaults filled in."""
-    if not isinstance(reweight, (bool, np.bool_)):
-        raise ValueError(f"{who}: reweight is {reweight!r}; allowed is True or False")
     if not isinstance(precision, str) or precision not in get_args(Precision):
         raise ValueError(f"{who}: precision is {precision!r}; allowed is one of {get_args(Precision)}")
     return AttendOptions(
         levels=(*sorted(check_enrich(who, enrich, levels), reverse=True), 0),
-        reweight=bool(reweight),
+        reweight=check_flag(who, "reweight", reweight),
         scale=check_scale(who, scale, dim),
         precision=cast(Precision, precision),
     )
@@ -94,9 +106,9 @@ def check_enrich(who: str, enrich: Any, levels: int) -> tuple[int, ...]:
     if enrich is None:
         return tuple(range(1, levels + 1))
     allowed = f"allowed is None (all of them), () or distinct levels of 1..{levels}"
-    if not isinstance(enrich, Iterable) or isinstance(enrich, (str, bytes)):
+    given = as_tuple(enrich)
+    if given is None:
         raise ValueError(f"{who}: enrich is {enrich!r}; {allowed}, as a tuple")
-    given = tuple(enrich)
     for level in given:
         check_integer(who, "a level in enrich", level, 1, levels)
     if len(set(given)) != len(given):
@@ -110,10 +122,10 @@ def check_scale(who: str, scale: Any, dim: int) -> float:
         return 1.0 / math.sqrt(dim)
     allowed = "allowed is a finite number above 0, or None for 1 / sqrt(head dim)"
     try:
-        number = float(scale)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{who}: scale is {scale!r}; {allowed}") from None
-    if not (math.isfinite(number) and number > 0) or isinstance(scale, (str, bool, np.bool_)):
+        number = float(scale) if isinstance(scale, Real) and not isinstance(scale, bool) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{who}: scale is {scale!r}; {allowed}")
     return number
 
@@ -131,9 +143,9 @@ def check_layout(who: str, layout: Any) -> Layout:
 def check_needs(who: str, needs: Any) -> frozenset[str]:
     """Which gradients are asked for."""
     allowed = "allowed is any of 'q', 'k' and 'v'"
-    if not isinstance(needs, Iterable) or isinstance(needs, str):
+    given = as_tuple(needs)
+    if given is None:
         raise ValueError(f"{who}: needs is {needs!r}; {allowed}, as a tuple")
-    given = tuple(needs)
     if not all(name in ("q", "k", "v") for name in given):
         raise ValueError(f"{who}: needs is {given!r}; {allowed}")
     return frozenset(given)

@@ -14,10 +14,13 @@ from llsa_np.tiles import Floats
 RUN_NUMBERS = 2**16
 """How many numbers are converted and summed at a time: few enough for the cache."""
 
+ROWS = 128
+"""So many rows are added one after another; more are added as two halves, or the rounding of each addition adds up."""
+
 
 def accumulator(dtype: Any) -> Any:
     """The type in which scores, softmax and all sums accumulate: float64 for float64, else float32."""
-    return np.float64 if dtype == np.float64 else np.float32
+    return np.float64 if np.dtype(dtype).itemsize == 8 else np.float32
 
 
 def pool(x: Floats, hierarchy: Hierarchy, out: list[Floats]) -> None:
@@ -44,13 +47,21 @@ def sum_children(x: Floats, block_size: int) -> Floats:
     """
     tokens, dim = x.shape
     sums: NDArray[Any] = np.empty((-(-tokens // block_size), dim), accumulator(x.dtype))
-    whole = tokens // block_size
+    whole = tokens // block_size if block_size <= ROWS else 0  # runs that are summed many at a time
     step = max(1, RUN_NUMBERS // (block_size * dim))
     for first in range(0, whole, step):
         last = min(first + step, whole)
         runs = x[first * block_size : last * block_size].astype(sums.dtype, order="C", copy=False)
         np.add.reduce(runs.reshape(last - first, block_size, dim), axis=1, out=sums[first:last])
-    if whole < len(sums):
-        tail = x[whole * block_size :].astype(sums.dtype, order="C", copy=False)
-        np.add.reduce(tail, axis=0, out=sums[whole])
+    for run_ in range(whole, len(sums)):
+        sums[run_] = sum_rows(x[run_ * block_size : (run_ + 1) * block_size], sums.dtype)
     return sums
+
+
+def sum_rows(x: Floats, acc: Any) -> Floats:
+    """(n, D) -> (D,), in halves down to ROWS."""
+    if len(x) > ROWS:
+        half = len(x) // 2
+        return sum_rows(x[:half], acc) + sum_rows(x[half:], acc)
+    total: Floats = np.add.reduce(x.astype(acc, order="C", copy=False), axis=0)
+    return total

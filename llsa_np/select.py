@@ -10,14 +10,15 @@ from numpy.typing import NDArray
 from llsa_np.hierarchy import Hierarchy
 from llsa_np.pool import accumulator
 from llsa_np.threads import run
-from llsa_np.tiles import MOST_QUERIES, PIECE_BYTES, Floats, Siblings, Tile, gather, pieces, siblings, tiles
+from llsa_np.tiles import MOST_QUERIES, PIECE_BYTES, Floats, Siblings, gather, pieces, siblings, tiles
 
 ROW_ARRAYS = 8
 """How many arrays as large as a tile's scores are alive at once, at most: scores, keys, comparisons, their sums."""
 
 LANES = 16
-"""Candidates are scored in multiples of this many: BLAS sums the last few rows of a matrix in another order, and equal
-keys must score equally wherever they stand."""
+"""Candidates are scored in multiples of this many, and every piece of a row in as many as the first: BLAS sums the last
+few rows of a matrix, and matrices of another size, in another order, and equal keys must score equally wherever they
+stand."""
 
 
 def select(
@@ -56,38 +57,40 @@ def select_level(
     out: NDArray[np.int32],
 ) -> None:
     """S_l of one head: q (m_l, D), k (n_l, D), above S_{l+1} (m_{l+1}, K_{l+1}) or None on the coarsest level."""
-    acc = accumulator(q.dtype)
     block_size = hierarchy.block_size
     candidates = hierarchy.lengths[level]
     if above is not None:
         candidates = min(candidates, above.shape[1] * block_size)
-    row_bytes = ROW_ARRAYS * np.dtype(acc).itemsize * candidates
-    most = max(1, min(MOST_QUERIES, PIECE_BYTES // row_bytes))
-    for tile in tiles(len(q), block_size, most):
+    itemsize = np.dtype(accumulator(q.dtype)).itemsize
+    most = min(MOST_QUERIES, PIECE_BYTES // (ROW_ARRAYS * candidates * itemsize))
+    if above is not None:  # each group has keys of its own, LANES of them at least
+        most = min(most, block_size * max(1, PIECE_BYTES // (2 * LANES * q.shape[1] * itemsize)))
+    for tile in tiles(len(q), block_size, max(1, most)):
         blocks = siblings(level, hierarchy, None if above is None else above[tile.ancestors(block_size)])
-        select_tile(q, k, tile, blocks, acc, out)
+        rows = slice(tile.first, tile.first + tile.size)
+        out[rows] = select_tile(q[rows], k, blocks, out.shape[1])
 
 
-def select_tile(q: Floats, k: Floats, tile: Tile, blocks: Siblings, acc: Any, out: NDArray[np.int32]) -> None:
-    """S_l of one tile of level-l queries: score all candidates, keep the best of each row."""
+def select_tile(q: Floats, k: Floats, blocks: Siblings, count: int) -> NDArray[np.int32]:
+    """S_l of one tile of level-l queries, (T, count): score all candidates, keep the best of each row."""
+    acc = accumulator(q.dtype)
     groups = len(blocks.parents)
-    queries = q[tile.first : tile.first + tile.size].astype(acc).reshape(groups, -1, q.shape[1]).swapaxes(1, 2)
+    queries = q.astype(acc).reshape(groups, -1, q.shape[1]).swapaxes(1, 2)  # (G, D, W)
     scores, tokens = [], []
-    for piece in pieces(blocks, groups * q.shape[1] * 2 * np.dtype(acc).itemsize):
-        keys = gather(k, piece, acc)
-        count = keys.shape[1]
-        padded = np.zeros((groups, -(-count // LANES) * LANES, q.shape[1]), acc)
-        padded[:, :count] = keys
-        scores.append((padded @ queries)[:, :count])  # (G, C, W)
+    lanes = 0
+    for piece in pieces(blocks, 2 * groups * q.shape[1] * queries.itemsize):
+        length = piece.tokens.shape[1]
+        lanes = lanes or -(-length // LANES) * LANES  # the first piece is the longest
+        padded = piece._replace(tokens=np.pad(piece.tokens, ((0, 0), (0, lanes - length))), absent=None)
+        scores.append((gather(k, padded, acc) @ queries)[:, :length])  # (G, C, W)
         tokens.append(piece.tokens if piece.absent is None else np.where(piece.absent, -1, piece.tokens))
     rows = np.concatenate(scores, axis=1).swapaxes(1, 2)  # (G, W, C)
-    token = np.concatenate(tokens, axis=1)  # (G, C)
-    kept = np.full((tile.size, out.shape[1]), -1, np.int32)
-    best = keep_best(order(rows, token[:, None, :] < 0), out.shape[1])  # (G, W, C)
-    kept_per_row = min(out.shape[1], token.shape[1])
-    chosen = np.broadcast_to(token[:, None, :], rows.shape)[best]
-    kept[:, :kept_per_row] = chosen.reshape(tile.size, kept_per_row)
-    out[tile.first : tile.first + tile.size] = kept
+    token = np.concatenate(tokens, axis=1)[:, None, :]  # (G, 1, C)
+    best = keep_best(order(rows, token < 0), count)  # (G, W, C)
+    kept = np.full((len(q), count), -1, np.int32)
+    chosen = np.broadcast_to(token, rows.shape)[best].reshape(len(q), -1)
+    kept[:, : chosen.shape[1]] = chosen
+    return kept
 
 
 def order(scores: Floats, absent: NDArray[np.bool_]) -> NDArray[np.signedinteger[Any]]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from llsa_np.adapters import common_adapter, type_name
 from llsa_np.hierarchy import Hierarchy
-from llsa_np.options import MAX_LEVELS, check_block_size, check_integer, check_levels
+from llsa_np.options import MAX_LEVELS, as_tuple, check_block_size, check_flag, check_integer, check_levels
 
 
 class Selection:
@@ -21,7 +21,7 @@ class Selection:
     parents' children. block_size: b; query_tokens: M; key_tokens: N.
     validate: shapes are always checked. Values are checked by default for arrays in host memory, and for device arrays
     only with validate=True, which synchronises. Where they are not, an index outside 0..n_l - 1 counts as -1, forward
-    and backward, while order and uniqueness are the caller's.
+    and backward, while order and uniqueness are the caller's: what comes of a repeated index is not defined.
     Attributes: .block_size .levels .topk (K_1..K_L) .query_tokens .key_tokens .batch .heads, and .query_hierarchy
     and .key_hierarchy. Immutable; the arrays are kept, not copied.
 
@@ -48,11 +48,11 @@ class Selection:
         validate: bool | None = None,
     ) -> None:
         who = "Selection"
-        if not isinstance(arrays, Iterable):
+        given = as_tuple(arrays)
+        if given is None:
             raise TypeError(
                 f"{who}: arrays is a {type_name(arrays)}; allowed is a sequence of one array per level 1..L"
             )
-        given = tuple(arrays)
         if not 1 <= len(given) <= MAX_LEVELS:
             raise ValueError(f"{who}: got {len(given)} arrays; allowed is one for each of 1..{MAX_LEVELS} levels")
         block_size = check_block_size(who, block_size)
@@ -76,7 +76,7 @@ class Selection:
                     f"{who}: the array of level {level} has shape {view.shape} on {view.device}, that of level 1 "
                     f"{views[0].shape} on {views[0].device}; batch, heads and device are the same on every level"
                 )
-        if validate if validate is not None else views[0].device == "cpu":
+        if views[0].device == "cpu" if validate is None else check_flag(who, "validate", validate):
             for level, array in enumerate(given, 1):
                 _check_rows(who, level, adapter.to_numpy(array), key_hierarchy.lengths[level])
 

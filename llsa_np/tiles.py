@@ -89,9 +89,9 @@ def siblings(level: int, hierarchy: Hierarchy, selected: NDArray[np.int32] | Non
     length = hierarchy.lengths[level]
     if selected is None:
         return Siblings(np.zeros((1, 1), np.int64), length, length, length)
-    parents_length = hierarchy.lengths[level + 1]
-    parents = selected[:, :parents_length].astype(np.int64)  # a row has no more entries than there are parents
-    parents[(parents < 0) | (parents >= parents_length)] = -1
+    there = (selected >= 0) & (selected < hierarchy.lengths[level + 1])
+    used = there.any(axis=0)  # a long row may hold few entries
+    parents = np.where(there, selected, -1)[:, used].astype(np.int64)
     return Siblings(parents, min(hierarchy.block_size, length), hierarchy.block_size, length)
 
 

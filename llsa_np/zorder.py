@@ -22,6 +22,7 @@ def zorder(*shape: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     if not shape:
         raise ValueError("zorder: got no size; allowed is one integer of 1 or more per axis, e.g. zorder(256, 256)")
     sizes = [check_integer("zorder", f"size {axis}", size, 1, None) for axis, size in enumerate(shape)]
+    sizes = [size for size in sizes if size > 1] or [1]  # an axis of one cell has no bits
     code = np.zeros(sizes, np.int64)
     place = 0
     for bit in range(max(sizes).bit_length()):
