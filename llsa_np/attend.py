@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from llsa_np.hierarchy import Hierarchy
 from llsa_np.options import AttendOptions
-from llsa_np.pool import accumulator
+from llsa_np.pool import accumulator, sum_rows
 from llsa_np.selection import Selection
 from llsa_np.threads import cores, run
-from llsa_np.tiles import Floats, Piece, Tile, gather, log_weights, pieces, siblings, strip, tiles
+from llsa_np.tiles import Floats, Piece, Tile, gather, log_weights, most_queries, pieces, siblings, strip, tiles
 
 TILES_A_TASK = 8
 """Most tiles a thread takes at a time: enough to keep its share of waiting small."""
@@ -37,7 +37,8 @@ def attend(
     q: (batch, heads, M, D). k_levels, v_levels: levels 0..L, (batch, kv_heads, n_l, D or Dv). out: (batch, heads, M,
     Dv) of q's dtype and lse: (batch, heads, M) of the accumulation type, filled here. Any strides.
     """
-    batch, heads, query_tokens, _ = q.shape
+    batch, heads, query_tokens, dim = q.shape
+    most = most_queries(dim + out.shape[3], lse.dtype)
     per_kv_head = max(1, heads // max(1, k_levels[0].shape[1]))
 
     def work(tasks: list[tuple[int, int, Tile]]) -> None:
@@ -53,9 +54,8 @@ def attend(
                 options,
             )
 
-    todo = [
-        (n, h, tile) for n in range(batch) for h in range(heads) for tile in tiles(query_tokens, selection.block_size)
-    ]
+    spans = list(tiles(query_tokens, selection.block_size, most))
+    todo = [(n, h, tile) for n in range(batch) for h in range(heads) for tile in spans]
     size = max(1, min(TILES_A_TASK, len(todo) // (4 * cores())))
     run(work, [todo[i : i + size] for i in range(0, len(todo), size)], q.size)
 
@@ -84,7 +84,7 @@ def attend_tile(
         logits -= shift
         weights = np.exp(logits, out=logits)
         fade = np.exp(top - shift)
-        z = z * fade + weights.sum(axis=0)
+        z = z * fade + sum_rows(weights, acc)
         total *= fade[:, None]
         part = columns(weights, split).swapaxes(-1, -2) @ gather(values[level], piece, acc)[:, None]  # (G, S, W, Dv)
         total += part.reshape(total.shape)

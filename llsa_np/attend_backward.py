@@ -13,7 +13,7 @@ from llsa_np.options import AttendOptions
 from llsa_np.pool import accumulator
 from llsa_np.selection import Selection
 from llsa_np.threads import run
-from llsa_np.tiles import Floats, Piece, Tile, gather, tiles
+from llsa_np.tiles import Floats, Piece, Tile, gather, most_queries, tiles
 
 
 def attend_backward(
@@ -40,6 +40,7 @@ def attend_backward(
     per_kv_head = q.shape[1] // max(1, kv_heads)
     hierarchy = selection.key_hierarchy
     acc = accumulator(q.dtype)
+    most = most_queries(q.shape[3] + out.shape[3], acc)
 
     def work(head: tuple[int, ...]) -> None:
         n, kv = head
@@ -48,7 +49,7 @@ def attend_backward(
         dv_levels = None if dv is None else zero_sums(hierarchy, options, dv.shape[-1], acc)
         for h in range(kv * per_kv_head, (kv + 1) * per_kv_head):
             selected = [level[n, h] for level in selection]
-            for tile in tiles(q.shape[2], hierarchy.block_size):
+            for tile in tiles(q.shape[2], hierarchy.block_size, most):
                 rows = slice(tile.first, tile.first + tile.size)
                 tile_dq = backward_tile(
                     dout[n, h, rows],

@@ -34,6 +34,9 @@ PIECE_BYTES = 8 * 2**20
 """What the candidates' keys, values and scores of one piece may take, on each of at most 16 threads. It is the same on
 every machine, since where pieces end decides in which order sums are taken."""
 
+MOST_CANDIDATES = 4096
+"""Most candidates of a piece: BLAS adds them one after another, and with very many the rounding of each adds up."""
+
 
 class Tile(NamedTuple):
     """Queries first .. first + size - 1 of one level."""
@@ -58,6 +61,11 @@ def tiles(length: int, block_size: int, most: int = MOST_QUERIES) -> Iterator[Ti
         size = unit * min(rest_of_parent, min(most, length - first) // unit)
         yield Tile(first, size)
         first += size
+
+
+def most_queries(dims: int, dtype: Any) -> int:
+    """How many queries a tile may have, so that some eight arrays of (T, dims) take no more than a piece."""
+    return max(1, min(MOST_QUERIES, PIECE_BYTES // (8 * dims * np.dtype(dtype).itemsize)))
 
 
 class Siblings(NamedTuple):
@@ -109,7 +117,7 @@ class Piece(NamedTuple):
 def pieces(blocks: Siblings, bytes_per_candidate: int) -> Iterator[Piece]:
     """All candidates of a run of groups, in pieces of at most PIECE_BYTES: whole blocks, or parts of one block."""
     groups, columns = blocks.parents.shape
-    most = max(1, PIECE_BYTES // bytes_per_candidate)
+    most = max(1, min(MOST_CANDIDATES, PIECE_BYTES // bytes_per_candidate))
     column_step = max(1, most // blocks.children)
     offset_step = min(blocks.children, most)
     for first_column in range(0, columns, column_step):

@@ -113,6 +113,8 @@ def test_dtypes_that_differ(name):
         ({"topk": (2,)}, ["1 entries", "2 levels"]),
         ({"topk": [1, 2, 3]}, ["3 entries", "2 levels"]),
         ({"topk": 2**31}, ["topk is 2147483648"]),
+        ({"topk": np.array(2.0)}, ["topk is array(2.)"]),
+        ({"topk": "8"}, ["topk is '8'"]),
         ({"layout": "bhdn"}, ["layout is 'bhdn'", "bhnd", "bnhd"]),
         ({"layout": None}, ["layout is None"]),
         ({"backend": "cuda"}, ["backend is 'cuda'", "auto", "numpy", "numba_cuda", "cupy_raw"]),
@@ -140,6 +142,11 @@ def test_options_out_of_range(name, options, words):
         ({"scale": np.nan}, ["scale is nan"]),
         ({"scale": "1"}, ["scale is '1'"]),
         ({"scale": [1, 2]}, ["scale is [1, 2]"]),
+        ({"scale": True}, ["scale is True"]),
+        ({"scale": b"1"}, ["scale is b'1'"]),
+        ({"scale": np.complex64(1)}, ["finite number above 0"]),
+        ({"scale": 10**400}, ["finite number above 0"]),
+        ({"enrich": np.array(1)}, ["enrich is array(1)", "tuple"]),
         ({"layout": "bhn"}, ["layout is 'bhn'"]),
         ({"precision": "half"}, ["precision is 'half'", "full", "tf32"]),
         ({"backend": "torch"}, ["backend is 'torch'"]),
@@ -150,7 +157,7 @@ def test_attention_options_out_of_range(name, options, words):
     refused(calls_with(**options)[name], ValueError, f"{name}: ", *words)
 
 
-@pytest.mark.parametrize("needs", [("w",), ("q", "dk"), "qw", 1, None])
+@pytest.mark.parametrize("needs", [("w",), ("q", "dk"), "q", 1, None, np.array("q")])
 def test_needs(needs):
     refused(calls_with(needs=needs)["attend_backward"], ValueError, "needs is", "'q', 'k' and 'v'")
 
@@ -289,6 +296,8 @@ SELECTIONS = [
     ({"query_tokens": 21}, ValueError, ["level 1", "21 queries"]),
     ({"key_tokens": 0}, ValueError, ["key_tokens is 0"]),
     ({"key_tokens": 4}, ValueError, ["level 1", "0..0"]),
+    ({"arrays": np.array(3)}, TypeError, ["arrays is a numpy.ndarray"]),
+    ({"validate": "no"}, ValueError, ["validate is 'no'"]),
 ]
 
 
@@ -399,6 +408,9 @@ def test_coverage(options):
         (("float32", 64), {"levels": 2, "enrich": (3,)}, ValueError),
         (("float32", 64), {"precision": "tf16"}, ValueError),
         (("float32", 64), {"backward": 1}, ValueError),
+        (("float32", 64), {"topk": ()}, ValueError),
+        (("float32", 64), {"topk": (1,) * 17}, ValueError),
+        ((None, 64), {}, TypeError),
         (("float32", 64), {"arch": 90}, ValueError),
         (("float32", 64), {"backend": "nvcc"}, ValueError),
     ],
@@ -425,7 +437,29 @@ def test_hierarchy(arguments):
 
 @pytest.mark.parametrize(
     ("method", "arguments"),
-    [("counts", (3,)), ("children", (0, 0)), ("children", (1, 5)), ("span", (1, -1)), ("ancestor", (1, 20))],
+    [
+        ("counts", (3,)),
+        ("counts", (1.0,)),
+        ("children", (0, 0)),
+        ("children", (1, 5)),
+        ("children", (1, "a")),
+        ("span", (1, -1)),
+        ("ancestor", (1, 20)),
+        ("ancestor", (1, 2.5)),
+        ("stride", (-1,)),
+    ],
 )
 def test_hierarchy_methods(method, arguments):
     refused(lambda: getattr(llsa.Hierarchy(20, 4, 2), method)(*arguments), ValueError, "Hierarchy")
+
+
+def test_switches_are_true_or_false():
+    refused(lambda: llsa.attention(Q, K, V, return_lse="no", **OPTIONS), ValueError, "return_lse is 'no'")
+
+
+def test_integers_may_come_from_numpy():
+    plain = llsa.attention(Q, K, V, **OPTIONS)
+    same = llsa.attention(
+        Q, K, V, block_size=np.int8(4), levels=np.array(2), topk=np.array([2, 2]), enrich=np.arange(1, 3)
+    )
+    assert (plain == same).all()

@@ -1,5 +1,7 @@
 """`llsa check` and `llsa bench`: what they print, what they find, and how they end."""
 
+import argparse
+import importlib
 import json
 import re
 import subprocess
@@ -7,12 +9,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import llsa_np as llsa
 from llsa_np import numpy_backend
-from llsa_np.cli import main
+from llsa_np.cli import COMMANDS, main
 from llsa_np.cli.check import draw
-from llsa_np.cli.dense import numpy_dense, time_dense
+from llsa_np.cli.dense import caution, numpy_dense, time_dense, torch_dense
 
 
 def test_check_passes_and_prints_a_line_that_runs(capsys):
@@ -45,6 +48,7 @@ def test_check_finds_a_planted_bug(capsys, monkeypatch):
         (["check", "--seconds", "0"], "--seconds is 0"),
         (["bench", "--heads", "0"], "--heads is 0"),
         (["bench", "--tokens", "0"], "--tokens is 0"),
+        (["bench", "--out", "."], "--out is ., a folder"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments, words, capsys):
@@ -75,7 +79,7 @@ def test_trials_are_drawn_again_from_their_seed():
 
 
 def test_bench_writes_its_figures(tmp_path, capsys):
-    out = tmp_path / "bench.json"
+    out = tmp_path / "new" / "folder" / "bench.json"
     arguments = ["--tokens", "256", "300", "--heads", "2", "--dim", "8", "--repeats", "1", "--out", str(out)]
     assert main(["bench", *arguments]) == 0
     figures = json.loads(out.read_text())
@@ -108,6 +112,42 @@ def test_dense_attention_is_dense_attention():
     weights = np.exp(q @ np.repeat(k, 2, axis=1).swapaxes(2, 3) / np.sqrt(8))
     expected = weights @ np.repeat(v, 2, axis=1) / weights.sum(axis=-1, keepdims=True)
     np.testing.assert_allclose(numpy_dense(q, k, v), expected, rtol=1e-12)
+    np.testing.assert_allclose(torch_dense(q, k, v)().numpy(), expected, rtol=1e-12, atol=1e-14)
     dense = time_dense(q, k, v, queries=20, repeats=1)
     assert dense.queries == 20
     assert dense.seconds > 0
+    assert dense.by == "torch"
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (6, 1)])
+@pytest.mark.parametrize("scale", [None, 1.0, 0.03])
+def test_dense_attentions_agree(heads, scale):
+    rng = np.random.default_rng(0)
+    shapes = ((heads[0], 30, 8), (heads[1], 40, 8), (heads[1], 40, 5))
+    q, k, v = (rng.standard_normal((2, *shape), dtype=np.float32) for shape in shapes)
+    out = torch_dense(q, k, v, scale)()
+    assert out.dtype == torch.float32
+    np.testing.assert_allclose(out.numpy(), numpy_dense(q, k, v, scale), rtol=1e-4, atol=1e-6)
+    if scale is not None:
+        assert not np.allclose(out.numpy(), numpy_dense(q, k, v), rtol=1e-2)
+
+
+def test_few_queries_of_dense_attention_are_warned_of(tmp_path, capsys):
+    assert caution(512, 65536) == caution(300, 300) == ""
+    arguments = ["--tokens", "300", "--heads", "1", "--dim", "8", "--repeats", "1", "--out", str(tmp_path / "b.json")]
+    assert main(["bench", *arguments, "--dense-queries", "299"]) == 0
+    printed = capsys.readouterr().out
+    assert "Caution: dense attention timed on 299 queries and scaled up to 300 looks slower" in printed
+    assert "1 head, D = 8" in printed
+    assert main(["bench", *arguments]) == 0
+    assert "Caution" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_explained(command):
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"llsa_np.cli.{command}").add_arguments(parser)
+    for action in parser._actions:
+        if action.dest != "help":
+            assert "default: " in action.help, action.dest
+    parser.format_help()

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 import pytest
-from calls import reference, run
+from calls import assert_same_bits, reference, run
 from frameworks import NumPy
 from hypothesis import assume, given, settings
 from strategies import DTYPES, Case, cases
@@ -26,6 +26,7 @@ from llsa_np.accuracy import (
 )
 from llsa_np.attend_backward import unpool
 from llsa_np.options import AttendOptions
+from llsa_np.tiles import Tile
 
 CASE = Case(dtype="float32", query_tokens=45, key_tokens=45, dim=8, value_dim=8, levels=2, topk=2, group=2, kv_heads=2)
 
@@ -282,3 +283,26 @@ def test_options_reach_the_reference():
     plain = reference(CASE, right.selection).results["out"]
     for options in ({"enrich": ()}, {"enrich": (2,)}, {"reweight": False}, {"scale": 1.0}):
         assert np.abs(reference(CASE, right.selection, **options).results["out"] - plain).max() > 1e-3
+
+
+def test_queries_beyond_the_first_tile_reading_their_neighbours_rows(monkeypatch):
+    """A mistake that no short case shows: an index off by one from the second tile of queries on."""
+    from test_against_float64 import LARGE, test_many_tiles
+
+    right = Tile.ancestors
+
+    def wrong(self, span):
+        rows = right(self, span)
+        return slice(rows.start - 1, rows.stop - 1) if self.first >= 1024 and rows.start > 0 else rows
+
+    monkeypatch.setattr(Tile, "ancestors", wrong)
+    with pytest.raises(AssertionError, match="over their bounds"):
+        test_many_tiles("numpy", NumPy, LARGE[0])
+
+
+def test_same_bits_are_the_same_bits():
+    zero, nan = np.zeros(3), np.full(3, np.nan)
+    assert_same_bits(nan, -nan)
+    for a, b in ((zero, -zero), (zero, nan), (zero, zero.astype(np.float32)), (zero, zero[:2]), (zero, zero + 1e-300)):
+        with pytest.raises(AssertionError):
+            assert_same_bits(a, b)

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import ml_dtypes
 import numpy as np
 import pytest
-
-import llsa_np as llsa
-
-pytest.importorskip("matplotlib")
-pytest.importorskip("rich")
-pytest.importorskip("safetensors")
-pytest.importorskip("skimage")
 from PIL import Image
 from safetensors.numpy import save_file
 
+import llsa_np as llsa
 from llsa_np.cli import COMMANDS, main
+from llsa_np.cli.dense import numpy_dense
 from llsa_np.cli.descent import dense, descend, received
-from llsa_np.cli.faithfulness import popularity, tokens_attended
+from llsa_np.cli.faithfulness import measure, popularity, tokens_attended
 from llsa_np.cli.tokens import SIGHTS, photograph_tokens
+from llsa_np.cli.words import count, digits
+from llsa_np.options import check_attend_options
 
 FEW = ("--sweep", "4", "--queries", "8")
 
@@ -72,6 +70,9 @@ def test_photograph(tmp_path, capsys):
         ("--size", 20, "--block-size", 5, "--levels", 5, "--heads", 5, "--dim", 10),
         ("--size", 16, "--levels", 1, "--topk", 100, "--at", 0, 0, "--at", 15, 15),
         ("--size", 8, "--heads", 1, "--sweep"),
+        ("--size", 24, "--scale", 0.3, "--enrich", 1, "--no-reweight"),
+        ("--size", 24, "--levels", 2, "--enrich"),
+        ("--size", 24, "--levels", 2, "--enrich", 2, 1),
     ],
 )
 def test_options(tmp_path, capsys, options):
@@ -175,12 +176,22 @@ def mistakes():
     yield ("{}/none.png",), "none.png: No such file"
     yield ("{}",), "Is a directory"
     yield ("{}/text.png",), "is not a picture that can be read"
-    yield ("--size", "4"), "--size is 4; allowed is 8 or more"
+    yield ("--size", "4"), "--size is 4; allowed is an integer of 8 or more"
     yield ("--dim", "9"), "--dim is 9; allowed is an even number"
-    yield ("--heads", "0"), "--heads is 0; allowed is 1 or more"
-    yield ("--queries", "0"), "--queries is 0; allowed is 1 or more"
+    yield ("--heads", "0"), "--heads is 0; allowed is an integer of 1 or more"
+    yield ("--queries", "3"), "--queries is 3; allowed is an integer of 4 or more"
     yield ("--topk", "0"), "topk is 0"
-    yield ("--sweep", "0"), "topk is 0"
+    yield ("--sweep", "0"), "--sweep is 0; allowed is an integer of 1 or more"
+    yield ("--scale", "0"), "explain: scale is 0.0"
+    yield ("--scale", "nan"), "explain: scale is nan"
+    yield ("--enrich", "9"), "explain: a level in enrich is 9"
+    yield ("--layout", "bnhd"), "--layout says how a file's arrays are ordered"
+    yield ("--tokens-in", "rows"), "--tokens-in says how a file's arrays are ordered"
+    for option in ("--size", "--heads", "--dim"):
+        yield ("--qkv", "{}/good.npz", option, "16"), f"{option} is for attention over a picture"
+    yield ("--qkv", "{}/good.npz", "--at", "0", "0"), "--at is for keys that lie in a picture"
+    yield ("--qkv", "{}/good.npz", "--tokens-in", "rows"), "--tokens-in is for keys that lie in a picture"
+    yield ("{}/text.png", "--qkv", "{}/good.npz"), "IMAGE is for keys that lie in a picture"
     yield ("--topk", "8", "8", "8"), "topk has 3 entries"
     yield ("--levels", "0"), "levels is 0"
     yield ("--block-size", "1"), "block_size is 1"
@@ -194,13 +205,15 @@ def mistakes():
     yield ("--qkv", "{}/cut.npz"), "is not a .npz file that can be read"
     yield ("--qkv", "{}/other.npz"), "holds a, q; missing: k, v"
     yield ("--qkv", "{}/other.safetensors"), "holds a, q; missing: k, v"
-    yield ("--qkv", "{}/flat.npz"), "has shape (256,)"
-    yield ("--qkv", "{}/objects.npz"), "Object arrays cannot be loaded"
-    yield ("--qkv", "{}/integers.npz"), "q has dtype int64"
-    yield ("--qkv", "{}/mixed.npz"), "Convert one of them"
+    yield ("--qkv", "{}/flat.npz"), "flat.npz has shape (256,)"
+    yield ("--qkv", "{}/objects.npz"), "objects.npz is not an array of numbers that can be read (Object arrays"
+    yield ("--qkv", "{}/integers.npz"), "integers.npz has dtype int64"
+    yield ("--qkv", "{}/mixed.npz"), "mixed.npz q has dtype float32 and k float64; they must be the same"
     yield ("--qkv", "{}/empty.npz"), "every size is 1 or more"
-    yield ("--qkv", "{}/nan.npz"), "k in"
-    yield ("--qkv", "{}/shapes.npz"), "must be equal"
+    yield ("--qkv", "{}/nan.npz"), "nan.npz holds NaN or infinity"
+    yield ("--qkv", "{}/shapes.npz"), "k has shape (2, 256, 16) and v (2, 255, 8); their tokens are 256 and 255"
+    yield ("--qkv", "{}/shapes.npz", "--layout", "bnhd"), "k has shape (2, 256, 16) and v (2, 255, 8); their heads are"
+    yield ("--qkv", "{}/heads.npz"), "q has shape (3, 256, 16) and k (2, 256, 16); q's 3 heads must be a multiple"
     yield ("--qkv", "{}/good.npz", "--grid", "15", "16"), "--grid 15 16 has 240 cells and k"
     yield ("--qkv", "{}/good.npz", "--grid", "-16", "-16"), "--grid is -16 -16; allowed are two numbers of 1 or more"
     yield ("--qkv", "{}/good.npz", "--grid", "16", "16", "--at", "-1", "0"), "--at is -1 0"
@@ -224,7 +237,8 @@ def bad(tmp_path_factory):
     np.savez(folder / "mixed.npz", **good | {"k": good["k"].astype(np.float64)})
     np.savez(folder / "empty.npz", **good | {"q": good["q"][:, :, :0]})
     np.savez(folder / "nan.npz", **good | {"k": good["k"] * np.nan})
-    np.savez(folder / "shapes.npz", **good | {"v": good["v"][:, :, :-1]})
+    np.savez(folder / "shapes.npz", q=good["q"][0], k=good["k"][0], v=good["v"][0, :, :-1])
+    np.savez(folder / "heads.npz", q=arrays(heads=3)["q"][0], k=good["k"][0], v=good["v"][0])
     return folder
 
 
@@ -232,7 +246,8 @@ def bad(tmp_path_factory):
 def test_mistakes(bad, tmp_path, capsys, options, told):
     options = [option.format(bad) for option in options]
     where = () if "--out" in options else ("--out", str(tmp_path / "out"))
-    assert explain("--size", 16, *FEW, *options, *where) == 2
+    small = () if "--qkv" in options else ("--size", 16)
+    assert explain(*small, *FEW, *options, *where) == 2
     said = capsys.readouterr()
     assert told in said.err
     assert said.err.startswith("llsa: ")
@@ -252,8 +267,19 @@ def test_backends(capsys):
     table = capsys.readouterr().out
     for name in llsa.backends():
         assert name in table
-    if "cuda13" in str(llsa.backends()):
-        assert "'llsa-np[cuda13]'" in table
+        for reason in llsa.backends()[name]:
+            assert f"- {reason}\n" in table
+
+
+def test_backends_on_a_bare_install():
+    packages = ("matplotlib", "ml_dtypes", "PIL", "rich", "safetensors", "skimage", "tqdm")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({packages})); from llsa_np.cli import main\n"
+        "sys.exit(main(['backends']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "numpy: runs here" in done.stdout
+    assert done.stderr == ""
 
 
 def test_help_imports_no_command():
@@ -288,24 +314,35 @@ def test_no_command_and_a_wrong_one(capsys):
     assert "nonsense" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("m", "n", "levels"), [(300, 300, 2), (70, 150, 1), (17, 40, 3)])
-def test_descent_is_attention(m, n, levels):
+@pytest.mark.parametrize(
+    ("m", "n", "levels", "attend"),
+    [
+        (300, 300, 2, {}),
+        (70, 150, 1, {"scale": 1.5}),
+        (17, 40, 3, {"reweight": False}),
+        (300, 300, 3, {"enrich": (3, 1), "scale": 0.5}),
+        (70, 150, 2, {"enrich": ()}),
+    ],
+)
+def test_descent_is_attention(m, n, levels, attend):
     """The weights drawn, applied to the values of each level, give the output of `attention`."""
     given = arrays(m=m, n=n, heads=1, kv_heads=1, dtype=np.float64)
     q, k, v = given["q"], given["k"], given["v"]
     selection = llsa.select(q, k, block_size=4, levels=levels, topk=2)
-    out, _ = llsa.attend(q, k, v, selection)
+    out, _ = llsa.attend(q, k, v, selection, **attend)
+    options = check_attend_options(
+        "test", **({"enrich": None, "reweight": True, "scale": None} | attend), precision="full", levels=levels, dim=16
+    )
     values = [v, *llsa.pool(v, block_size=4, levels=levels)]
     for query in (0, m // 2, m - 1):
-        steps = descend(query, q[0, 0], k[0, 0], [rows[0, 0] for rows in selection], selection.key_hierarchy)
+        steps = descend(query, q[0, 0], k[0, 0], [rows[0, 0] for rows in selection], selection.key_hierarchy, options)
         mine = sum(step.weights @ values[step.level][0, 0, step.candidates] for step in steps)
         np.testing.assert_allclose(mine, out[0, 0, query], rtol=1e-10, atol=1e-12)
         shares = received(steps, selection.key_hierarchy)
         np.testing.assert_allclose(shares.sum(), 1)
         np.testing.assert_allclose(shares @ v[0, 0], out[0, 0, query], rtol=1e-10, atol=1e-12)
-        everything = dense(query, q[0, 0], k[0, 0])
-        assert everything.shape == (n,)
-        np.testing.assert_allclose(everything.sum(), 1)
+        everything = dense(query, q[0, 0], k[0, 0], options.scale)
+        np.testing.assert_allclose(everything @ k[0, 0], numpy_dense(q, k, k, options.scale)[0, 0, query])
 
 
 def test_what_is_counted():
@@ -320,3 +357,87 @@ def test_what_is_counted():
         rows = selection[level].reshape(-1, 3)
         expected += np.mean([sum(len(keys.children(level, int(j))) for j in row if j >= 0) for row in rows])
     assert tokens_attended(selection) == pytest.approx(expected)
+    expected -= keys.lengths[2]
+    assert tokens_attended(selection, (1,)) == pytest.approx(expected)
+    rows = selection[1].reshape(-1, 3)
+    finest = np.mean([sum(len(keys.children(1, int(j))) for j in row if j >= 0) for row in rows])
+    assert tokens_attended(selection, ()) == pytest.approx(finest)
+
+
+def table_after(page, title):
+    """The cells of the rows of the table under a title, as words."""
+    lines = page[page.index(title) :].split("\n")
+    rule = next(i for i, line in enumerate(lines) if "───" in line)
+    end = next(i for i in range(rule, len(lines)) if not lines[i].strip())
+    return [re.split(r" {2,}", line.strip()) for line in lines[rule + 1 : end]]
+
+
+def test_both_tables_tell_the_same(tmp_path, capsys):
+    assert explain("--size", 64, "--sweep", 8, "--queries", 40, "--out", tmp_path) == 0
+    page = capsys.readouterr().out
+    assert "on 40 sampled queries of each head" in page
+    heads = table_after(page, "How faithful")
+    row = next(row for row in table_after(page, "Which K and L?") if row[:2] == ["2", "8"])
+    assert len(heads) == 4
+    errors = [float(head[-3].split()[0]) for head in heads]
+    mean, _, uncertainty, worst = row[4].split()
+    assert float(mean) == pytest.approx(np.mean(errors), abs=0.001)
+    assert float(worst.strip("()")) == max(errors)
+    assert 0 < float(uncertainty) < float(mean)
+    for column, of_heads in ((3, 1), (5, -2), (6, -1)):
+        shares = [float(head[of_heads].strip("%")) for head in heads]
+        assert float(row[column].split()[0].strip("%")) == pytest.approx(np.mean(shares), abs=0.1)
+
+
+def test_options_reach_every_number():
+    """Scale, levels and weights change what is measured, as they change `coverage`."""
+    given = arrays(m=100, n=256)
+    selection = llsa.select(given["q"], given["k"], block_size=4, levels=2, topk=2)
+    attend = {"enrich": (1,), "reweight": False, "scale": 0.7}
+    result = measure(**given, selection=selection, queries=100, seed=0, attend=attend)
+    mass, error = llsa.coverage(given["q"], given["k"], selection, given["v"], **attend)
+    np.testing.assert_allclose(result.mass, mass[0], rtol=1e-12)
+    np.testing.assert_allclose(result.error, error[0], rtol=1e-12)
+    assert result.uncertainty.tolist() == [0, 0], "nothing was sampled"
+
+
+def test_uncertainty_covers_the_whole():
+    """The error of a sample is about as far from the error of all queries as it says, and much less than it."""
+    given = arrays(m=1024, n=1024, heads=8, kv_heads=8)
+    selection = llsa.select(given["q"], given["k"])
+    attend = {"enrich": None, "reweight": True, "scale": None}
+    of_all, *samples = (
+        measure(**given, selection=selection, queries=queries, seed=seed, attend=attend)
+        for queries, seed in ((1024, 0), (64, 0), (64, 1))
+    )
+    assert not np.array_equal(samples[0].error, samples[1].error), "the seed is of the sample, too"
+    for sample in samples:
+        off = (sample.error - of_all.error) / sample.uncertainty
+        assert 0.2 < np.sqrt((off**2).mean()) < 4
+        assert sample.uncertainty.max() < 0.2 * of_all.error.min()
+
+
+def test_one_of_each(tmp_path, capsys):
+    np.savez(tmp_path / "one.npz", **arrays(m=1, n=1, heads=1, kv_heads=1))
+    assert explain("--qkv", tmp_path / "one.npz", "--out", tmp_path) == 0
+    page = capsys.readouterr().out
+    for words in ("1 token, batch 1, 1 head,", "L = 1 coarse level\n", "on every query of each head"):
+        assert words in page
+    assert not re.search(r"\b1 (tokens|heads|queries|levels|blocks)\b", page)
+    assert [count(1, "query", "queries"), count(4096, "query", "queries")] == ["1 query", "4,096 queries"]
+    assert [digits(x) for x in (0, 0.01234, 1.5, 99.9, 12345)] == ["0", "0.0123", "1.50", "99.9", "12,345"]
+
+
+def test_a_page_of_80_columns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert explain("--size", 32, "--levels", 3, *FEW, "--out", tmp_path) == 0
+    page = capsys.readouterr().out
+    assert "\nWhich K and L? Means over heads, worst head in brackets\n" in page
+    assert all(len(row) == 8 for row in table_after(page, "How faithful")), "no cell is wrapped"
+
+
+def test_batches_are_spoken_of(tmp_path, capsys):
+    for batch in (1, 2):
+        np.savez(tmp_path / "qkv.npz", **arrays(m=40, n=40, batch=batch))
+        assert explain("--qkv", tmp_path / "qkv.npz", *FEW, "--out", tmp_path) == 0
+        assert ("the pictures show its first entry" in capsys.readouterr().out) == (batch == 2)

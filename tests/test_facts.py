@@ -1,12 +1,14 @@
 """spec.md's numbered facts: true of any correct implementation, no reference needed."""
 
+from dataclasses import replace
+
 import numpy as np
-from calls import assert_same_bits, assert_within_bounds, reference, run
+from calls import Results, assert_same_bits, assert_within_bounds, reference, run
 from hypothesis import assume, given, settings
 from strategies import DTYPES, cases
 
 import llsa_np as llsa
-from llsa_np.accuracy import GRADIENT_BOUND, OUT_BOUND, UNIT_ROUNDOFF, error, selection_is_right
+from llsa_np.accuracy import GRADIENT_BOUND, OUT_BOUND, error, selection_is_right
 
 PLAIN = {"exponents": (0, 0, 0, 0)}
 
@@ -35,7 +37,6 @@ def test_1_keeping_everything_is_dense_attention(backend, framework, case):
     results = run(case, backend, framework, arrays)
     expected = reference(case, results.selection, arrays)
     for name, value in dense(case, arrays).items():
-        np.testing.assert_allclose(expected.results[name], value, rtol=1e-9, atol=1e-10)
         expected.results[name] = value
     assert_within_bounds(case, results, expected)
 
@@ -63,25 +64,35 @@ def test_2_constant_convex_and_linear_values(backend, framework, case):
     assert error(doubled["out"], 2 * out, 2 * reference(case, results.selection).sizes["out"]) <= 2 * bound
 
 
-@given(case=cases(**PLAIN, data="normal", dtypes=("float64", "float32")))
+@given(case=cases(**PLAIN, data="normal"))
 @settings(max_examples=100)
 def test_3_adding_a_vector_to_every_key(backend, framework, case):
+    """Neither selection nor output changes, and lse by scale <q, x>. Keys and x are eighths, so that k + x is exact."""
+    if case.dtype in ("float16", "bfloat16"):
+        case = case.but(enrich=())  # stored means of k and of k + x are rounded differently
     q, k, v, dout, dlse = case.arrays()
-    shift = np.random.default_rng(case.seed + 1).standard_normal(case.dim).astype(k.dtype)
+    rng = np.random.default_rng(case.seed + 1)
+    shift = (rng.integers(-16, 17, case.dim) / 8).astype(k.dtype)
+    k = np.clip(np.round(k.astype(np.float64) * 8) / 8, -2, 2).astype(k.dtype)
     plain = run(case, backend, framework, (q, k, v, dout, dlse))
-    shifted = run(case, backend, framework, (q, k + shift, v, dout, dlse))
-    # Rounding may swap candidates whose scores are all but equal, so both must be right for the same keys.
+    moved = (q, k + shift, v, dout, dlse)
+    assert np.array_equal((k + shift).astype(np.float64), k.astype(np.float64) + shift.astype(np.float64))
+    shifted = run(case, backend, framework, moved)
+    # Rounding may swap candidates whose scores are all but equal, so each must be right for its own keys.
     assert selection_is_right(case.to_bhnd(q), case.to_bhnd(k + shift), shifted.selection)
-    if case.dtype == "float64":
-        for a, b in zip(plain.selection, shifted.selection):
-            assert np.array_equal(a, b), "adding one vector to every key changed the selection"
-    under_one = run(case, backend, framework, (q, k + shift, v, dout, dlse), plain.selection_of(framework))
+    under_one = run(case, backend, framework, moved, plain.selection_of(framework))
     expected = reference(case, plain.selection, (q, k, v, dout, dlse))
     product = case.to_bhnd(q).astype(np.float64) @ shift.astype(np.float64)
     expected.results["lse"] += (case.dim**-0.5 if case.scale is None else case.scale) * product
-    tolerance = 40 * UNIT_ROUNDOFF[case.dtype] * case.dim
-    np.testing.assert_allclose(under_one["out"], expected.results["out"], atol=tolerance * np.abs(v).max())
-    np.testing.assert_allclose(under_one["lse"], expected.results["lse"], atol=tolerance * 10)
+    sizes = reference(case, plain.selection, moved)
+    expected.sizes.update(sizes.sizes)
+    expected = replace(expected, largest=sizes.largest)
+    assert_within_bounds(case, only(under_one, "out", "lse", "dv"), expected)
+
+
+def only(results, *names):
+    """Some of the results."""
+    return Results({name: results[name] for name in names}, results.selection)
 
 
 @given(case=cases(**PLAIN, data="normal"))
@@ -127,9 +138,11 @@ def test_4b_permuting_coarsest_subtrees(backend, framework, case):
         relabelled = np.where(there >= 0, subtree * size + there % size, np.iinfo(np.int32).max)
         expected = np.where(plain.selection[level] >= 0, plain.selection[level], np.iinfo(np.int32).max)
         assert np.array_equal(np.sort(relabelled, axis=-1), expected)
-    for name in plain.arrays:
-        expected = plain[name] if name in ("out", "lse", "dq") else plain[name][:, :, tokens]
-        np.testing.assert_allclose(moved[name], expected, rtol=1e-9, atol=1e-10)
+    expected = reference(case, plain.selection, (q, k, v, dout, dlse))
+    for name in ("dk", "dv"):
+        expected.results[name] = expected.results[name][:, :, tokens]
+        expected.sizes[name] = expected.sizes[name][:, :, tokens]
+    assert_within_bounds(case, moved, expected)
 
 
 @given(case=cases(**PLAIN, dtypes=("float32", "bfloat16")))

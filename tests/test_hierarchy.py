@@ -64,7 +64,7 @@ def test_selection_is_immutable_and_survives_a_copy():
     assert (selection.block_size, selection.levels, selection.topk) == (4, 2, (3, 2))
     assert (selection.query_tokens, selection.key_tokens, len(selection)) == (20, 20, 2)
     assert "topk=(3, 2)" in repr(selection)
-    for wrong in (0, 3, -1, "1"):
+    for wrong in (0, 3, -1, "1", 1.0, np.array([1, 2])):
         with pytest.raises(IndexError, match=r"levels 1\.\.2"):
             selection[wrong]
     for statement in (lambda: setattr(selection, "topk", 1), lambda: delattr(selection, "topk")):

@@ -32,6 +32,7 @@ def test_small_and_large():
     assert llsa.zorder(2, 2)[0].tolist() == [0, 1, 2, 3]
     assert llsa.zorder(4, 4)[0][:8].tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
     assert llsa.zorder(1)[0].tolist() == [0]
+    assert llsa.zorder(*[1] * 70, 2, 2)[0].tolist() == [0, 1, 2, 3]
     order, _ = llsa.zorder(np.int64(1000), 1024)
     assert (np.sort(order) == np.arange(1000 * 1024)).all()
 
