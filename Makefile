@@ -1,7 +1,7 @@
 # make demo   attend over the 65,536 pixels of a photograph; pictures in demo/
 # make test   everything that is tested without a GPU, documentation included (with one, the GPU too)
 # make lint   ruff and mypy
-# make bench  this machine's backends against dense attention
+# make bench  this machine's backends against dense attention (PyTorch's); figures in build/bench.json
 # make docs   the site, in docs/_build/html
 # Each creates .venv if needed and installs what it uses.
 
@@ -22,8 +22,8 @@ demo: $(VENV)/.explain
 test: $(VENV)/.test
 	$(BIN)/pytest -n 2
 
-bench: $(VENV)/.explain
-	$(BIN)/llsa bench
+bench: $(VENV)/.bench
+	$(BIN)/llsa bench --out build/bench.json
 
 docs: $(VENV)/.test
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
@@ -42,10 +42,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.explain: EXTRAS := explain$(GPU)
+$(VENV)/.bench: EXTRAS := explain,torch$(GPU)
 # The test extra brings CUDA 13's Numba, so only a machine whose driver takes it gets the GPU extra beside it.
-$(VENV)/.test: EXTRAS := test,explain,docs$(filter %cuda13,$(GPU))
+$(VENV)/.test: EXTRAS := test,explain,docs,torch$(filter %cuda13,$(GPU))
 $(VENV)/.dev: EXTRAS := dev,test,explain,docs
-$(VENV)/.explain $(VENV)/.test $(VENV)/.dev: pyproject.toml tests/constraints.txt | $(VENV)/bin/python
+$(VENV)/.explain $(VENV)/.bench $(VENV)/.test $(VENV)/.dev: pyproject.toml tests/constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[$(EXTRAS)]'
 	touch $@
 

@@ -146,13 +146,17 @@ def _installed(module: str) -> bool:
 
 
 def _cuda_devices() -> int:
-    """How many devices the NVIDIA driver shows; 0 without a driver."""
-    count = ctypes.c_int(0)
-    for library in ("libcuda.so.1", "nvcuda.dll"):
+    """How many devices the NVIDIA driver shows; 0 without a driver.
+
+    NVML is asked, which leaves CUDA itself untouched: a process that forks later could not use it in the child.
+    """
+    count = ctypes.c_uint(0)
+    for library in ("libnvidia-ml.so.1", "nvml.dll"):
         try:
             driver = ctypes.CDLL(library)
         except OSError:
             continue
-        if driver.cuInit(0) == 0:
-            driver.cuDeviceGetCount(ctypes.byref(count))
+        if driver.nvmlInit_v2() == 0:
+            driver.nvmlDeviceGetCount_v2(ctypes.byref(count))
+            driver.nvmlShutdown()
     return count.value

@@ -121,8 +121,9 @@ def check_scale(who: str, scale: Any, dim: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(dim)
     allowed = "allowed is a finite number above 0, or None for 1 / sqrt(head dim)"
+    flag = isinstance(scale, bool)  # which is a Real too
     try:
-        number = float(scale) if isinstance(scale, Real) and not isinstance(scale, bool) else math.nan
+        number = float(scale) if isinstance(scale, Real) and not flag else math.nan
     except OverflowError:
         number = math.inf
     if not (math.isfinite(number) and number > 0):

@@ -65,7 +65,8 @@ def tiles(length: int, block_size: int, most: int = MOST_QUERIES) -> Iterator[Ti
 
 def most_queries(dims: int, dtype: Any) -> int:
     """How many queries a tile may have, so that some eight arrays of (T, dims) take no more than a piece."""
-    return max(1, min(MOST_QUERIES, PIECE_BYTES // (8 * dims * np.dtype(dtype).itemsize)))
+    row_bytes: int = 8 * dims * np.dtype(dtype).itemsize
+    return max(1, min(MOST_QUERIES, PIECE_BYTES // row_bytes))
 
 
 class Siblings(NamedTuple):

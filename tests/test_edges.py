@@ -280,7 +280,7 @@ def test_inputs_are_left_alone(backend, framework):
         assert_same_bits(x, copy)
 
 
-@pytest.mark.parametrize("block_size", [1500, 4096, 2**20])
+@pytest.mark.parametrize("block_size", [1500, 4096, 2**16])
 def test_constant_values_in_large_blocks(backend, framework, block_size):
     """Fact 2 where a block is long: adding its tokens one after another would drift."""
     v = np.full((1, 1, block_size, 1), 0.1, np.float32)

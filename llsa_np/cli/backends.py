@@ -1,12 +1,9 @@
-"""`llsa backends`: which backends can run here, and what the others need."""
+"""`llsa backends`: which backends can run here, and what the others need. Needs nothing but the package itself: a bare
+install is where the question comes up."""
 
 from __future__ import annotations
 
 import argparse
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 import llsa_np as llsa
 
@@ -16,11 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table of `llsa_np.backends()`."""
-    table = Table(title="Backends on this machine", show_lines=True)
-    for column in ("backend", "runs here", "what is missing"):
-        table.add_column(column, overflow="fold")
+    """Print `llsa_np.backends()`. Lines are not wrapped, so that a copied command is the command."""
     for name, reasons in llsa.backends().items():
-        table.add_row(name, "no" if reasons else "yes", Text("\n".join(f"- {reason}" for reason in reasons)))
-    Console().print(table)
+        print(f"{name}: {'cannot run here' if reasons else 'runs here'}")
+        for reason in reasons:
+            print(f"  - {reason}")
     return 0

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 import llsa_np as llsa
 from llsa_np.accuracy import compare, exact
 from llsa_np.backends import NAMES, check_backend
-from llsa_np.cli.dense import median_seconds, time_dense
+from llsa_np.cli.dense import FEW, caution, median_seconds, time_dense
+from llsa_np.cli.words import count
 from llsa_np.options import check_attend_options, check_integer
 
 Array = NDArray[Any]
@@ -29,14 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=[4096, 16384, 65536], help="lengths (default: %(default)s)"
     )
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=1, help="batch size (default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=8, help="attention heads (default: %(default)s)")
     parser.add_argument("--dim", type=int, default=64, help="head dim (default: %(default)s)")
-    parser.add_argument("--topk", type=int, default=8)
-    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--topk", type=int, default=8, help="tokens kept of each level (default: %(default)s)")
+    parser.add_argument("--block-size", type=int, default=16, help="tokens of a block (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="of which the median is reported (default: %(default)s)")
     parser.add_argument(
-        "--dense-queries", type=int, default=1024, help="queries dense attention is timed on and scaled from"
+        "--dense-queries",
+        type=int,
+        default=1024,
+        help=f"queries that dense attention is timed on and scaled from, best {FEW} or more (default: %(default)s)",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("bench.json"), help="where the figures go (default: %(default)s)"
@@ -56,7 +60,12 @@ def run(args: argparse.Namespace) -> int:
     if args.backend is not None:
         check_backend("bench", args.backend)
     backends = [name for name, reasons in llsa.backends().items() if not reasons and args.backend in (None, name)]
+    if args.out.is_dir():
+        raise IsADirectoryError(f"bench: --out is {args.out}, a folder; give the name of a file for the figures")
+    args.out.parent.mkdir(parents=True, exist_ok=True)  # now, not after all the timing
     console = Console()
+    if warning := caution(args.dense_queries, max(args.tokens)):
+        console.print(warning, style="yellow", highlight=False, soft_wrap=True)
     for backend in backends:
         ratios = check(backend, args)
         if max(ratios.values()) > 1:
@@ -68,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             rows.append(measure(backend, tokens, args))
 
     table = Table(
-        title=f"float32, batch {args.batch}, {args.heads} heads, D = {args.dim}, K = {args.topk}; ms, medians"
+        title=f"float32, batch {args.batch}, {count(args.heads, 'head')}, D = {args.dim}, K = {args.topk}; ms, medians"
     )
     peers = list(rows[0]["peers"])
     for heading in ("backend", "tokens", "levels", "forward", "backward", *peers, "times faster, forward"):
@@ -85,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
             f"{min(dense) / row['forward_ms']:.1f}",
         )
     console.print(table)
-    console.print(f"Dense attention is timed on {args.dense_queries:,} queries over all keys, and scaled.")
+    queries = count(args.dense_queries, "query", "queries")
+    console.print(f"Dense attention is timed on {queries} over all keys, and scaled.")
     args.out.write_text(json.dumps({"machine": machine(), "speed": rows}, indent=1) + "\n")
     console.print(f"Figures: {args.out}")
     return 0

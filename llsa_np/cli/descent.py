@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import llsa_np as llsa
+from llsa_np.options import AttendOptions
 
 Doubles = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -22,24 +23,36 @@ class Step(NamedTuple):
     kept: Ints
     """S_l: those whose children it goes on to; on level 0, none."""
     weights: Doubles
-    """Share of its attention that each candidate gets, coarse tokens weighing as many tokens as they stand for."""
+    """Share of its attention that each candidate gets; 0 on a level that takes no part in attention."""
 
 
-def descend(query: int, q: NDArray[Any], k: NDArray[Any], rows: list[NDArray[Any]], keys: llsa.Hierarchy) -> list[Step]:
+def descend(
+    query: int,
+    q: NDArray[Any],
+    k: NDArray[Any],
+    rows: list[NDArray[Any]],
+    keys: llsa.Hierarchy,
+    options: AttendOptions,
+) -> list[Step]:
     """The steps of a query, coarsest level first, in float64; logits are scale <q, k_l[j]> + log c_l[j].
 
     q: (M, D) and k: (N, D) of one head. rows: for levels 1..L the selection (m_l, K_l) of that head. keys: of k.
+    options: which levels take part, the scale, and whether counts c_l weigh.
     """
     size = keys.block_size
     doubles = k.astype(np.float64)
     pooled = llsa.pool(doubles[None, None], block_size=size, levels=keys.levels, backend="numpy")
     k_levels = [doubles, *(level[0, 0] for level in pooled)]
-    scaled = q[query].astype(np.float64) / np.sqrt(q.shape[1])
+    scaled = q[query].astype(np.float64) * options.scale
 
     candidates: Ints = np.arange(keys.lengths[-1])
     found: list[tuple[int, Ints, Ints, Doubles]] = []
     for level in range(keys.levels, -1, -1):
-        logits = k_levels[level][candidates] @ scaled + np.log(keys.counts(level)[candidates])
+        logits = np.full(len(candidates), -np.inf)
+        if level in options.levels:
+            logits = k_levels[level][candidates] @ scaled
+            if options.reweight:
+                logits += np.log(keys.counts(level)[candidates])
         kept = np.empty(0, np.int64)
         if level > 0:
             row = rows[level - 1][query // size**level]
@@ -69,9 +82,9 @@ def spread(step: Step, keys: llsa.Hierarchy) -> Doubles:
     return shares
 
 
-def dense(query: int, q: NDArray[Any], k: NDArray[Any]) -> Doubles:
+def dense(query: int, q: NDArray[Any], k: NDArray[Any], scale: float) -> Doubles:
     """(N,): the query's attention without any sparsity, softmax(scale <q, k>), in float64."""
-    logits = k.astype(np.float64) @ (q[query].astype(np.float64) / np.sqrt(q.shape[1]))
+    logits = k.astype(np.float64) @ (q[query].astype(np.float64) * scale)
     weights = np.exp(logits - logits.max())
     shares: Doubles = weights / weights.sum()
     return shares

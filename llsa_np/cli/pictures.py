@@ -20,6 +20,8 @@ import llsa_np as llsa
 from llsa_np.cli.descent import Step, dense, descend, received, spread
 from llsa_np.cli.faithfulness import popularity
 from llsa_np.cli.tokens import Tokens
+from llsa_np.cli.words import count
+from llsa_np.options import AttendOptions
 
 Doubles = NDArray[np.float64]
 HEAT = colormaps["plasma"]
@@ -28,6 +30,8 @@ KEPT = "white"
 ZOOM = "#5cd6ff"
 DPI = 80
 COLUMNS = 4
+HEADING = 0.75
+"""Height of a heading, in inches."""
 SMALL = 1600
 """Blocks of less than 1 / SMALL of the picture are drawn enlarged, too."""
 
@@ -75,10 +79,13 @@ class Canvas(NamedTuple):
         return image
 
 
-def draw(tokens: Tokens, selection: llsa.Selection, at: list[tuple[int, int]], out: Path) -> list[Path]:
+def draw(
+    tokens: Tokens, selection: llsa.Selection, options: AttendOptions, at: list[tuple[int, int]], out: Path
+) -> list[Path]:
     """Write overview.png and, where the keys have a grid, query-1.png, query-2.png, ... and return their paths.
 
-    at: the cells (row, column) whose queries are drawn, each for another head.
+    options: of the attention that is drawn. at: the cells (row, column) whose queries are drawn, each for another head.
+    Of a batch, its first entry.
     """
     keys = selection.key_hierarchy
     if tokens.grid is None or tokens.photo is None or tokens.place is None:
@@ -88,7 +95,8 @@ def draw(tokens: Tokens, selection: llsa.Selection, at: list[tuple[int, int]], o
     for number, (row, column) in enumerate(at, 1):
         head = (number - 1) % len(tokens.heads)
         query = int(canvas.place[row, column]) * tokens.q.shape[2] // keys.tokens
-        paths.append(save(_journey(tokens, selection, canvas, head, query, (row, column)), out / f"query-{number}.png"))
+        figure = _journey(tokens, selection, options, canvas, head, query, (row, column))
+        paths.append(save(figure, out / f"query-{number}.png"))
     return paths
 
 
@@ -111,6 +119,7 @@ def save(figure: Figure, path: Path) -> Path:
 def _journey(
     tokens: Tokens,
     selection: llsa.Selection,
+    options: AttendOptions,
     canvas: Canvas,
     head: int,
     query: int,
@@ -119,16 +128,18 @@ def _journey(
     """One query: the photograph, every level from the coarsest down, and all of it beside dense attention."""
     keys = canvas.keys
     q, k = tokens.q[0, head], tokens.k[0, head // (tokens.q.shape[1] // tokens.k.shape[1])]
-    steps = descend(query, q, k, [level[0, head] for level in selection], keys)
-    total, exact = received(steps, keys) * keys.tokens, dense(query, q, k) * keys.tokens
-    top = 10.0 ** math.ceil(math.log10(max(10.0, np.quantile(exact, 0.999), np.quantile(total, 0.999))))
-    norm = LogNorm(0.1, top)
+    steps = descend(query, q, k, [level[0, head] for level in selection], keys, options)
+    total, exact = received(steps, keys) * keys.tokens, dense(query, q, k, options.scale) * keys.tokens
+    most = max(10.0, np.quantile(exact, 0.999), np.quantile(total, 0.999))
+    norm = LogNorm(0.1, 10.0 ** math.ceil(math.log10(most)))
 
     panels = keys.levels + 5
     columns = 3 if panels % 3 == 0 else COLUMNS
     rows = -(-panels // columns)
     figure = Figure(figsize=(4 * columns, HEADING + rows * _row_height(canvas)), dpi=DPI, facecolor="white")
-    _heading(figure, f"Where does one pixel look?   {keys.tokens:,} pixels, attention head: {tokens.heads[head]}", 0)
+    _heading(
+        figure, f"Where does one pixel look?   {count(keys.tokens, 'pixel')}, attention head: {tokens.heads[head]}", 0
+    )
     axes: list[Any] = []
     for row in range(rows):
         top = HEADING + row * _row_height(canvas)
@@ -140,11 +151,15 @@ def _journey(
     _panel(axes[0], canvas.photo, "The query", f"{asking}\nwhich of all these pixels matter to me?", mark)
 
     parents, enlarged = 0, False
+    attended = np.zeros(keys.tokens, bool)
     for number, (axis, step) in enumerate(zip(axes[1:], steps, strict=False), 1):
         seen = np.isin(np.arange(keys.lengths[step.level]), step.candidates)
         seen = seen[np.arange(keys.tokens) // keys.block_size**step.level]
         image = canvas.tinted(spread(step, keys) * keys.tokens, seen, norm)
-        _panel(axis, image, *_words(number, step, canvas, parents), mark)
+        part = step.level in options.levels
+        if part:
+            attended |= seen
+        _panel(axis, image, *_words(number, step, canvas, parents, part=part), mark)
         views = [axis]
         if keys.block_size**step.level * SMALL < image.shape[0] * image.shape[1]:
             enlarged = True
@@ -156,36 +171,44 @@ def _journey(
                 if on_grid:
                     _outline(view, owners, owners == query // keys.block_size**step.level, QUERY, 1.6)
         parents = len(step.kept)
-    everywhere = np.ones(keys.tokens, bool)
     finest = np.isin(np.arange(keys.tokens), steps[-1].candidates)
+    looked_at = count(sum(len(step.candidates) for step in steps if step.level in options.levels), "token")
+    elsewhere, rest = (
+        ("coarse everywhere else.", ", the rest in blocks") if attended.all() else ("grey is not seen.", "")
+    )
     _panel(
         axes[-3],
-        canvas.tinted(total, everywhere, norm),
+        canvas.tinted(total, attended, norm),
         "LLSA: all of this together",
-        f"{sum(len(step.candidates) for step in steps):,} tokens: sharp where it matters,\ncoarse everywhere else.",
+        f"{looked_at}: sharp where it matters,\n{elsewhere}",
         mark,
     )
     _panel(
         axes[-2],
-        canvas.tinted(exact, everywhere, norm),
+        canvas.tinted(exact, np.ones(keys.tokens, bool), norm),
         "Dense attention instead",
-        f"All {keys.tokens:,} pixels, one by one. LLSA sees\n"
-        f"{exact[finest].sum() / keys.tokens:.0%} of this pixel by pixel, the rest in blocks.",
+        f"All {count(keys.tokens, 'pixel')}, one by one. LLSA sees\n"
+        f"{exact[finest].sum() / keys.tokens:.0%} of this pixel by pixel{rest}.",
         mark,
     )
     _legend(figure, axes[-1], norm, on_grid=on_grid, enlarged=enlarged)
     return figure
 
 
-def _words(number: int, step: Step, canvas: Canvas, parents: int) -> tuple[str, str]:
-    """Title and caption of a level's panel."""
-    count, share = len(step.candidates), f"{step.weights.sum():.0%} of the attention lands here."
+def _words(number: int, step: Step, canvas: Canvas, parents: int, *, part: bool) -> tuple[str, str]:
+    """Title and caption of a level's panel. part: whether the level takes part in attention."""
+    seen = len(step.candidates)
+    share = (
+        f"{step.weights.sum():.0%} of the attention lands here." if part else "This only selects; no attention here."
+    )
     title = f"{number}.  Blocks of {canvas.block(step.level)}"
+    those = "that one block" if parents == 1 else f"those {parents} blocks"
     if step.level == 0:
-        return f"{number}.  Single pixels", f"The {count:,} pixels inside those {parents} blocks.\n{share}"
+        return f"{number}.  Single pixels", f"The {count(seen, 'pixel')} inside {those}.\n{share}"
     if parents == 0:
-        return title, f"Looks at all {count:,}, keeps the best {len(step.kept)} (white).\n{share}"
-    return title, f"{count:,} blocks inside those {parents}. Keeps {len(step.kept)}.\n{share}"
+        best = "it" if seen == 1 else f"the best {len(step.kept)}"
+        return title, f"Looks at all {seen:,}, keeps {best} (white).\n{share}"
+    return title, f"{count(seen, 'block')} inside {those.removesuffix(' blocks')}. Keeps {len(step.kept)}.\n{share}"
 
 
 def _panel(
@@ -227,9 +250,8 @@ def _zoom(axis: Any, image: Doubles, weights: Doubles) -> Any:
     top, left = (int(i) for i in np.unravel_index(window.argmax(), window.shape))
     inside = weights[top : top + tall, left : left + wide] + 1e-300
     rows, columns = np.indices(inside.shape)
-    top += (
-        round(float((rows * inside).sum() / inside.sum())) - tall // 2
-    )  # as far around the weight as the picture goes
+    # The weight in the middle, as far as the picture goes.
+    top += round(float((rows * inside).sum() / inside.sum())) - tall // 2
     left += round(float((columns * inside).sum() / inside.sum())) - wide // 2
     top, left = min(max(0, top), height - tall), min(max(0, left), width - wide)
     right = left + wide / 2 < width / 2
@@ -291,7 +313,7 @@ def _overview(tokens: Tokens, selection: llsa.Selection, canvas: Canvas) -> Figu
     pixels[canvas.place.ravel()] = canvas.photo.reshape(-1, 3)
     means = llsa.pool(pixels[None, None], block_size=keys.block_size, levels=keys.levels, backend="numpy")
     for level, of_level in enumerate([pixels, *(mean[0, 0] for mean in means)]):
-        title = f"Level {level}: {keys.lengths[level]:,} tokens"
+        title = f"Level {level}: {count(keys.lengths[level], 'token')}"
         caption = "single pixels" if level == 0 else f"each the mean of {canvas.block(level)}"
         _panel(axes[keys.levels - level], of_level[canvas.owners(level)], title, caption, None)
 
@@ -316,10 +338,6 @@ def _overview(tokens: Tokens, selection: llsa.Selection, canvas: Canvas) -> Figu
     bar = figure.add_axes((0.3, 0.68 / figure.get_figheight(), 0.4, 0.18 / figure.get_figheight()))
     _colour_bar(figure, bar, norm, "how often chosen; 1× = as often as if all blocks were chosen equally")
     return figure
-
-
-HEADING = 0.75
-"""Height of a heading, in inches."""
 
 
 def _heading(figure: Figure, text: str, top: float) -> None:
@@ -358,7 +376,7 @@ def _overview_of_sequence(tokens: Tokens, selection: llsa.Selection) -> Figure:
     left.barh(levels, keys.lengths, color=[HEAT(0.15 + 0.7 * level / keys.levels) for level in levels])
     left.set_xscale("log")
     left.set_xlim(1, keys.tokens * 1.2)
-    left.set_yticks(levels, [f"level {level}\n{keys.lengths[level]:,} tokens" for level in levels], fontsize=13)
+    left.set_yticks(levels, [f"level {level}\n{count(keys.lengths[level], 'token')}" for level in levels], fontsize=13)
     left.set_title("The levels", fontsize=17, weight="bold")
 
     counts = popularity(selection)[0] / selection.query_hierarchy.lengths[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 
 import llsa_np as llsa
+from llsa_np.checks import FLOATS
 
 Floats = NDArray[np.floating[Any]]
 WHO = "explain"
@@ -150,18 +152,11 @@ def _patches(photo: Floats, side: int) -> Floats:
 
 def file_tokens(path: str, *, layout: str, grid: tuple[int, int] | None, tokens_in: str, picture: str | None) -> Tokens:
     """q, k and v of a .npz or .safetensors file; with a grid in row-major order, brought into Z-order."""
-    arrays = {name: _four_axes(name, array, layout) for name, array in _read_arrays(path).items()}
-    for name, array in arrays.items():
-        if array.dtype.kind == "V" and array.dtype.name.startswith("void"):
-            raise ValueError(
-                f"{WHO}: {name} in {path} has no dtype that NumPy knows; .npz does not keep bfloat16. Use .safetensors"
-            )
-        if array.dtype.name in ("float16", "bfloat16", "float32", "float64") and not np.isfinite(array).all():
-            raise ValueError(f"{WHO}: {name} in {path} holds NaN or infinity; allowed are finite numbers")
+    given = _read_arrays(path)
+    arrays = {name: _four_axes(path, name, array, layout) for name, array in given.items()}
+    _check_numbers(path, given)
+    _check_sizes(path, {name: array.shape for name, array in given.items()}, arrays)
     q, k, v = arrays["q"], arrays["k"], arrays["v"]
-    for name, array in arrays.items():
-        if 0 in array.shape:
-            raise ValueError(f"{WHO}: {name} in {path} has shape {array.shape}; every size is 1 or more")
     place = photo = None
     if grid is not None:
         height, width = grid
@@ -201,12 +196,23 @@ def _read_arrays(path: str) -> dict[str, Floats]:
                 raise zipfile.BadZipFile("it is not one that numpy.savez wrote")
             with np.load(path, allow_pickle=False) as file:
                 _check_names(path, file.files)
-                return {name: file[name] for name in "qkv"}
+                return {name: _read_array(path, file, name) for name in "qkv"}
         with safe_open(path, framework="np") as file:
             _check_names(path, file.keys())
             return {name: file.get_tensor(name) for name in "qkv"}
-    except (zipfile.BadZipFile, SafetensorError) as broken:
+    except (zipfile.BadZipFile, zlib.error, EOFError, SafetensorError) as broken:
         raise ValueError(f"{WHO}: {path} is not a {suffix} file that can be read: {broken}") from None
+
+
+def _read_array(path: str, file: Any, name: str) -> Floats:
+    try:
+        array: Floats = file[name]
+    except ValueError as refused:  # Python objects, or a header that is broken
+        raise ValueError(
+            f"{WHO}: {name} in {path} is not an array of numbers that can be read ({refused}). Save q, k and v with "
+            "numpy.savez as arrays of one floating point dtype"
+        ) from None
+    return array
 
 
 def _check_names(path: str, names: list[str]) -> None:
@@ -218,18 +224,64 @@ def _check_names(path: str, names: list[str]) -> None:
         )
 
 
-def _four_axes(name: str, array: Floats, layout: str) -> Floats:
+def _check_numbers(path: str, arrays: dict[str, Floats]) -> None:
+    """That the file's arrays hold finite numbers of one dtype that attention takes."""
+    for name, array in arrays.items():
+        if array.dtype.kind == "V" and array.dtype.name.startswith("void"):
+            raise ValueError(
+                f"{WHO}: {name} in {path} has no dtype that NumPy knows; .npz does not keep bfloat16. Use .safetensors"
+            )
+        if array.dtype.name not in FLOATS:
+            raise TypeError(
+                f"{WHO}: {name} in {path} has dtype {array.dtype}; allowed are {', '.join(FLOATS)}. Convert it first"
+            )
+        if array.dtype != arrays["q"].dtype:
+            raise TypeError(
+                f"{WHO}: in {path} q has dtype {arrays['q'].dtype} and {name} {array.dtype}; they must be the same. "
+                "Convert one of them"
+            )
+        if 0 in array.shape:
+            raise ValueError(f"{WHO}: {name} in {path} has shape {array.shape}; every size is 1 or more")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{WHO}: {name} in {path} holds NaN or infinity; allowed are finite numbers")
+
+
+def _four_axes(path: str, name: str, array: Floats, layout: str) -> Floats:
     """As (batch, heads, tokens, dim): without a batch or heads axis, one of size 1 is added."""
     if not 2 <= array.ndim <= 4:
         raise ValueError(
-            f"{WHO}: {name} has shape {array.shape}; allowed are (batch, heads, tokens, dim), (heads, tokens, dim) and "
-            "(tokens, dim), with heads after tokens for --layout bnhd"
+            f"{WHO}: {name} in {path} has shape {array.shape}; allowed are (batch, heads, tokens, dim), "
+            "(heads, tokens, dim) and (tokens, dim), with heads after tokens for --layout bnhd"
         )
     if array.ndim == 2:
         array = array[:, None] if layout == "bnhd" else array[None]
     if array.ndim == 3:
         array = array[None]
     return array.swapaxes(1, 2) if layout == "bnhd" else array
+
+
+def _check_sizes(path: str, shapes: dict[str, tuple[int, ...]], arrays: dict[str, Floats]) -> None:
+    """That (batch, heads, tokens, dim) fit together. Attention checks it too, but of arrays with axes added and moved:
+    here the message has the shapes of the file."""
+    for what, axis, one, other in (
+        ("batch sizes", 0, "q", "k"),
+        ("batch sizes", 0, "k", "v"),
+        ("heads", 1, "k", "v"),
+        ("tokens", 2, "k", "v"),
+        ("head dims", 3, "q", "k"),
+    ):
+        sizes = arrays[one].shape[axis], arrays[other].shape[axis]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"{WHO}: in {path} {one} has shape {shapes[one]} and {other} {shapes[other]}; their {what} are "
+                f"{sizes[0]} and {sizes[1]} and must be equal. Is --layout right?"
+            )
+    heads, kv_heads = arrays["q"].shape[1], arrays["k"].shape[1]
+    if heads % kv_heads:
+        raise ValueError(
+            f"{WHO}: in {path} q has shape {shapes['q']} and k {shapes['k']}; q's {heads} heads must be a multiple of "
+            f"k's {kv_heads}. Is --layout right?"
+        )
 
 
 def _principal_colours(v: Floats) -> Floats:
