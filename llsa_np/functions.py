@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llsa_np.adapters import Adapter, View, common_adapter, type_name
-from llsa_np.backends import Backend, BackendName, Case, check_backend, choose
+from llsa_np.backends import Backend, BackendName, Case, Room, Work, check_backend, choose
 from llsa_np.checks import (
     Sizes,
     check_devices,
@@ -21,8 +21,10 @@ from llsa_np.checks import (
     lse_dtype,
     sizes,
 )
+from llsa_np.copies import copied_to_the_device
 from llsa_np.hierarchy import MAX_LEVELS, Hierarchy
 from llsa_np.options import (
+    AttendOptions,
     Layout,
     Precision,
     TopK,
@@ -38,6 +40,7 @@ from llsa_np.options import (
 from llsa_np.selection import Selection
 
 
+@copied_to_the_device
 def attention(
     q: Any,
     k: Any,
@@ -91,6 +94,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@copied_to_the_device
 def select(
     q: Any,
     k: Any,
@@ -119,6 +123,7 @@ def select(
     return call.select(kernels, call.levels(kernels, "k", key_hierarchy), key_hierarchy, topks)
 
 
+@copied_to_the_device
 def attend(
     q: Any,
     k: Any,
@@ -152,6 +157,7 @@ def attend(
     return call.attend(kernels, k_levels, v_levels, selection, options)
 
 
+@copied_to_the_device
 def attend_backward(
     dout: Any,
     q: Any,
@@ -194,6 +200,7 @@ def attend_backward(
     gradients = {name: call.empty_like(name) if name in needed else (None, None) for name in ("q", "k", "v")}
     if needed:
         view = {name: v.array for name, v in call.views.items()}
+        work = call.work(who, selection.query_hierarchy, selection.key_hierarchy, selection.topk, options, needed)
         kernels.attend_backward(
             view["dout"],
             view["q"],
@@ -205,10 +212,12 @@ def attend_backward(
             selection,
             options,
             *(gradients[name][1] for name in ("q", "k", "v")),
+            lend(kernels, call.adapter, call.views["q"], work),
         )
     return gradients["q"][0], gradients["k"][0], gradients["v"][0]
 
 
+@copied_to_the_device
 def pool(
     x: Any, *, block_size: int = 16, levels: int = 1, layout: Layout = "bhnd", backend: BackendName = "auto"
 ) -> tuple[Any, ...]:
@@ -231,7 +240,8 @@ def pool(
     hierarchy = Hierarchy(of.tokens, block_size, check_levels(who, levels, block_size))
     kernels = choose(name, view.device, Case(who, dtype, of.dim, of.dim, block_size, ()))
     results = _empty_levels(adapter, view, of, hierarchy, layout)
-    kernels.pool(view.array, hierarchy, [level.array for _, level in results])
+    work = Work(who, dtype, of.batch, of.heads, of.heads, of.dim, of.dim, hierarchy, hierarchy)
+    kernels.pool(view.array, hierarchy, [level.array for _, level in results], lend(kernels, adapter, view, work))
     return tuple(array for array, _ in results)
 
 
@@ -293,11 +303,28 @@ class Call(NamedTuple):
         case = Case(self.who, self.dtype, self.sizes["q"].dim, value_dim, block_size, topk)
         return choose(self.backend, self.views["q"].device, case)
 
+    def work(
+        self,
+        operation: str,
+        query_hierarchy: Hierarchy,
+        key_hierarchy: Hierarchy,
+        topk: tuple[int, ...],
+        options: AttendOptions | None = None,
+        needs: frozenset[str] = frozenset(),
+    ) -> Work:
+        """What the workspace of an operation on these arrays is planned from."""
+        q, k = self.sizes["q"], self.sizes["k"]
+        value_dim = self.sizes["v"].dim if "v" in self.sizes else q.dim
+        shapes = (q.batch, q.heads, k.heads, q.dim, value_dim)
+        return Work(operation, self.dtype, *shapes, query_hierarchy, key_hierarchy, topk, options, needs)
+
     def levels(self, kernels: Backend, name: str, hierarchy: Hierarchy) -> list[Any]:
         """Levels 0..L of an argument."""
         view = self.views[name]
         pooled = [level.array for _, level in _empty_levels(self.adapter, view, self.sizes[name], hierarchy, "bhnd")]
-        kernels.pool(view.array, hierarchy, pooled)
+        of = self.sizes[name]
+        work = Work("pool", self.dtype, of.batch, of.heads, of.heads, of.dim, of.dim, hierarchy, hierarchy)
+        kernels.pool(view.array, hierarchy, pooled, lend(kernels, self.adapter, view, work))
         return [view.array, *pooled]
 
     def select(
@@ -310,7 +337,8 @@ class Call(NamedTuple):
             for length, k in zip(hierarchy.lengths[1:], topk, strict=True)
         ]
         q_levels = self.levels(kernels, "q", hierarchy)
-        kernels.select(q_levels[1:], k_levels[1:], key_hierarchy, [view.array for _, view in results])
+        room = lend(kernels, self.adapter, self.views["q"], self.work("select", hierarchy, key_hierarchy, topk))
+        kernels.select(q_levels[1:], k_levels[1:], key_hierarchy, [view.array for _, view in results], room)
         return Selection(
             [array for array, _ in results],
             block_size=hierarchy.block_size,
@@ -325,13 +353,21 @@ class Call(NamedTuple):
         q, view = self.sizes["q"], self.views["q"]
         out, out_view = self.adapter.empty((q.batch, q.heads, q.tokens, self.sizes["v"].dim), None, view, self.layout)
         lse, lse_view = self.adapter.empty((q.batch, q.heads, q.tokens), lse_dtype(self.dtype), view)
-        kernels.attend(view.array, k_levels, v_levels, selection, options, out_view.array, lse_view.array)
+        work = self.work("attend", selection.query_hierarchy, selection.key_hierarchy, selection.topk, options)
+        room = lend(kernels, self.adapter, view, work)
+        kernels.attend(view.array, k_levels, v_levels, selection, options, out_view.array, lse_view.array, room)
         return out, lse
 
     def empty_like(self, name: str) -> tuple[Any, Any]:
         """A new array of an argument's shape, dtype and layout: for the caller, and as the backend sees it."""
         array, view = self.adapter.empty(tuple(self.sizes[name]), None, self.views[name], self.layout)
         return array, view.array
+
+
+def lend(kernels: Backend, adapter: Adapter, like: View, work: Work) -> Room:
+    """The workspace of an operation, allocated beside `like` by the caller's framework, and the caller's stream."""
+    arrays = [adapter.empty(shape, dtype, like)[1].array for shape, dtype in kernels.spaces(work)]
+    return Room(arrays, adapter.stream(like), like.device, work.dtype)
 
 
 def _prepare(who: str, backend: Any, layout: Any, arrays: dict[str, Any], *selection: Any) -> Call:
