@@ -4,21 +4,21 @@ import numpy as np
 import pytest
 from calls import assert_same_bits, assert_within_bounds, reference, run, with_arrays
 from hypothesis import given, settings
-from strategies import Case, cases
+from strategies import SIMULATED, Case, cases, examples
 
 import llsa_np as llsa
 from llsa_np.accuracy import SMALLEST_FLOAT16, UNIT_ROUNDOFF, selection_is_right
 
 
 @given(case=cases())
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 def test_results_and_gradients(backend, framework, case):
     results = run(case, backend, framework)
     assert_within_bounds(case, results, reference(case, results.selection))
 
 
 @given(case=cases())
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_selection(backend, framework, case):
     q, k, *_ = case.arrays()
     selection = llsa.select(framework.array(q), framework.array(k), backend=backend, **case.select_options)
@@ -28,7 +28,7 @@ def test_selection(backend, framework, case):
 
 
 @given(case=cases())
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_attention_is_select_then_attend(backend, framework, case):
     q, k, v, *_ = (framework.array(x) for x in case.arrays())
     selection = llsa.select(q, k, backend=backend, **case.select_options)
@@ -39,7 +39,7 @@ def test_attention_is_select_then_attend(backend, framework, case):
 
 
 @given(case=cases())
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_pool(backend, framework, case):
     _, k, *_ = case.arrays()
     levels = llsa.pool(
@@ -61,7 +61,7 @@ def test_pool(backend, framework, case):
 
 
 @given(case=cases(dtypes=("float32", "bfloat16")))
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_memory_order_and_layout_change_nothing(backend, framework, case):
     """The same numbers in any memory order and in both layouts give the same bits."""
     case = case.but(memory="contiguous") if case.memory == "expanded" else case
@@ -72,7 +72,7 @@ def test_memory_order_and_layout_change_nothing(backend, framework, case):
 
 
 @given(case=cases())
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 def test_only_what_is_needed(backend, framework, case):
     """Each gradient alone has the bits that it has among the others."""
     q, k, v, dout, dlse = (framework.array(x) for x in case.arrays())
@@ -89,7 +89,7 @@ def test_only_what_is_needed(backend, framework, case):
 
 
 @given(case=cases(dtypes=("float32", "float16")))
-@settings(max_examples=20)
+@settings(max_examples=examples(20))
 def test_same_bits_every_time(backend, framework, case):
     first, second = run(case, backend, framework), run(case, backend, framework)
     for name in first.arrays:
@@ -116,6 +116,13 @@ LARGE = [
         dtype="float32", key_tokens=3000, query_tokens=3000, dim=8, value_dim=8, block_size=16, data="one_popular_key"
     ),
 ]
+
+
+if SIMULATED:
+    LARGE = [
+        Case(dtype="float32", key_tokens=70, query_tokens=33, dim=9, value_dim=7, topk=3, group=2),
+        Case(dtype="bfloat16", key_tokens=40, query_tokens=40, block_size=9, topk=6, data="one_popular_key"),
+    ]
 
 
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: f"{case.key_tokens}-{case.block_size}-{case.dtype}")
