@@ -14,7 +14,7 @@ from numba.cuda.simulator import kernel, kernelapi
 from numba.cuda.simulator.cudadrv import devicearray
 
 
-class DivergentBarrier(AssertionError):
+class DivergentBarrierError(AssertionError):
     """Threads of one block are at different barriers, or some have ended while others wait."""
 
 
@@ -68,7 +68,7 @@ def run_block(self, grid_point, *args):
         failure = next((thread.exception for thread in threads if thread.exception), None)
         if failure is None and len({(thread.ended, thread.ended or thread.line) for thread in threads}) > 1:
             where = [f"thread {t.thread_id} " + ("has ended" if t.ended else f"is at line {t.line}") for t in threads]
-            failure = DivergentBarrier(f"{self._f.__name__}: {', '.join(where)}"), None
+            failure = DivergentBarrierError(f"{self._f.__name__}: {', '.join(where)}"), None
     for thread in threads:
         while not thread.ended:
             thread.abort = True
@@ -97,8 +97,8 @@ def new_array(shape, dtype):
     return array.view(Guarded) if guarding else array
 
 
-guarding = False
-"""Whether shared and local arrays are guarded too, which doubles the time."""
+guarding = True
+"""Whether shared and local arrays are guarded too."""
 
 
 def no_negative_index(index):

@@ -16,7 +16,6 @@ from llsa_np.gpu.numba_cuda.cuda import (
     accumulator,
     array,
     cuda,
-    device_array,
     exp,
     kernel,
     launch,

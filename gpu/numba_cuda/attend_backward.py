@@ -479,7 +479,7 @@ def lists_of(level: int, hierarchy: Hierarchy, queries: Hierarchy, topk: tuple[i
     )
 
 
-def dense_pieces(hierarchy: Hierarchy, queries: int, group: int, BT: int) -> tuple[int, int, int]:  # noqa: N803
+def dense_pieces(hierarchy: Hierarchy, queries: int, group: int, BT: int) -> tuple[int, int, int]:
     """(parents, pieces, split) on the coarsest level: runs of BT keys, pieces of all queries, queries of a piece."""
     parents = -(-hierarchy.lengths[-1] // BT)
     pieces = max(1, min(-(-group * queries // SPLIT), DENSE_PIECES // parents))
@@ -500,14 +500,14 @@ def backward_spaces(
     options: AttendOptions,
     needs: frozenset[str],
 ) -> Spaces:
-    """delta; dq of the levels so far; the lists (starts, rows, items); parts of dk and dv; their sums on every level."""
+    """delta; dq of the levels so far; the lists (starts, rows, items); parts of dk and dv; their sums, by level."""
     acc, queries = accumulator(dtype), query_hierarchy.tokens
     group, number = heads // max(1, kv_heads), batch * kv_heads
     counts = pairs = parents = places = 0
     if needs & {"k", "v"} and group:
         for level in options.levels:
             if level == hierarchy.levels:
-                BT = shape_for(dtype, hierarchy.block_size).BT  # noqa: N806
+                BT = shape_for(dtype, hierarchy.block_size).BT
                 runs, pieces, _ = dense_pieces(hierarchy, queries, group, BT)
                 places = max(places, runs * (pieces - 1) * BT)
             else:
@@ -522,9 +522,7 @@ def backward_spaces(
     dims = {"k": dim, "v": value_dim}
     spaces += [((number * places * dims[name] if name in needs else 0,), acc) for name in ("k", "v")]
     for name in ("k", "v"):
-        spaces += [
-            ((batch, kv_heads, length if name in needs else 0, dims[name]), acc) for length in hierarchy.lengths
-        ]
+        spaces += [((batch, kv_heads, length if name in needs else 0, dims[name]), acc) for length in hierarchy.lengths]
     return spaces
 
 
@@ -569,7 +567,7 @@ def attend_backward(
         *(dout, out, lse if dlse is None else dlse, int(dlse is not None), delta, rows),
     )
     if dq is not None:
-        BLOCK, PARTS, TILES = tiling(queries, hierarchy.block_size, shape.BT)  # noqa: N806
+        BLOCK, PARTS, TILES = tiling(queries, hierarchy.block_size, shape.BT)
         for level in options.levels:
             launch(
                 query_gradient_kernel(dtype, shape),

@@ -40,7 +40,13 @@ class NumbaCudaBackend:
             return select_spaces(of.batch, of.heads, of.query_hierarchy, of.key_hierarchy, of.topk)
         if of.operation == "attend":
             return attend_spaces(
-                of.dtype, of.batch, of.heads, of.query_hierarchy.tokens, of.value_dim, of.key_hierarchy.block_size, of.options
+                of.dtype,
+                of.batch,
+                of.heads,
+                of.query_hierarchy.tokens,
+                of.value_dim,
+                of.key_hierarchy.block_size,
+                of.options,
             )
         return backward_spaces(
             of.dtype,

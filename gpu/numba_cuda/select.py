@@ -18,7 +18,6 @@ from llsa_np.gpu.numba_cuda.cuda import (
     array,
     bits_of,
     cuda,
-    device_array,
     device_function,
     kernel,
     launch,

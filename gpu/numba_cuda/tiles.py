@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from llsa_np.gpu.numba_cuda.cuda import ELEMENT, SIMULATED, accumulator, device_function, loader
 
+INT64 = ELEMENT["int64"]
+
 
 class Shape(NamedTuple):
     """A tile's shape in threads and in what each thread computes."""
@@ -27,19 +29,19 @@ class Shape(NamedTuple):
     """Dims of a thread, where the result is (rows, dims)."""
 
     @property
-    def THREADS(self) -> int:  # noqa: N802
+    def THREADS(self) -> int:
         return self.TY * self.TX
 
     @property
-    def BT(self) -> int:  # noqa: N802
+    def BT(self) -> int:
         return self.TY * self.RQ
 
     @property
-    def BS(self) -> int:  # noqa: N802
+    def BS(self) -> int:
         return self.TX * self.RK
 
     @property
-    def BD(self) -> int:  # noqa: N802
+    def BD(self) -> int:
         return self.TX * self.RD
 
 
@@ -65,7 +67,7 @@ class Tiling(NamedTuple):
     """Tiles of the level."""
 
 
-def tiling(length: int, block_size: int, BT: int) -> Tiling:  # noqa: N803
+def tiling(length: int, block_size: int, BT: int) -> Tiling:
     """The tiles of a level of `length` tokens: tile i is part i % PARTS of block i // PARTS."""
     block = min(block_size, length)
     parts = -(-block // BT)
@@ -79,19 +81,20 @@ def candidate(parents, i_candidate, COLUMNS, CHILDREN, STRIDE, PARENTS, LENGTH):
     parents: the row of S_{l+1}, COLUMNS long, each with CHILDREN children STRIDE apart. A parent outside
     0 .. PARENTS - 1 counts as -1. On the coarsest level COLUMNS is 0: the candidates are all tokens.
     """
-    token = i_candidate
-    if COLUMNS > 0:
-        parent = parents[i_candidate // CHILDREN]
-        token = parent * STRIDE + i_candidate % CHILDREN
-        if parent < 0 or parent >= PARENTS:
-            token = LENGTH
+    token = INT64(LENGTH)
+    if COLUMNS == 0:
+        token = INT64(i_candidate)
+    else:
+        parent = INT64(parents[i_candidate // CHILDREN])
+        if parent >= 0 and parent < PARENTS:
+            token = parent * STRIDE + i_candidate % CHILDREN
     if token >= LENGTH:
-        token = -1 + 0 * token
+        token = INT64(-1)
     return token
 
 
 @cache
-def stage_function(dtype: str, shape: Shape, ROWS: int) -> Any:  # noqa: N803
+def stage_function(dtype: str, shape: Shape, ROWS: int) -> Any:
     """A device function that brings dims o_d .. o_d + BD - 1 of ROWS tokens into shared memory, [ROWS, BD].
 
     Zeros stand where there is no token (-1) and past the last dim: a NaN there must not reach anyone. A thread first
@@ -121,7 +124,7 @@ def stage_function(dtype: str, shape: Shape, ROWS: int) -> Any:  # noqa: N803
 
 
 @cache
-def stage_heads_function(dtype: str, shape: Shape, ROWS: int) -> Any:  # noqa: N803
+def stage_heads_function(dtype: str, shape: Shape, ROWS: int) -> Any:
     """As `stage_function`, of tokens that each come from a head of their own: x (heads, tokens, dims)."""
     load, acc = loader(dtype), ELEMENT[accumulator(dtype)]
     BD, THREADS = shape.BD, shape.THREADS

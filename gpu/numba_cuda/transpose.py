@@ -38,11 +38,11 @@ class Lists(NamedTuple):
     """Pieces of work, at most: one for each parent, and one for every SPLIT queries beyond."""
 
     @property
-    def COUNTS(self) -> int:  # noqa: N802
+    def COUNTS(self) -> int:
         return self.PARENTS * self.RANGES + 1
 
     @property
-    def PAIRS(self) -> int:  # noqa: N802
+    def PAIRS(self) -> int:
         return self.ROWS * self.COLUMNS
 
 
@@ -59,6 +59,8 @@ def count_kernel() -> Any:
     """How many pairs each (parent, range) has. A thread takes one pair and adds 1 to its counter: the only atomics of
     this backend, and they count integers, so their order is of no consequence."""
 
+    index = ELEMENT["int64"]
+
     @kernel(array("int32"), array("int64", 1), *("int64",) * 7)
     def count_pairs(selected, counts, GROUP, ROWS, COLUMNS, PARENTS, RANGES, ROWS_PER_RANGE, PAIRS):
         i = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
@@ -68,7 +70,7 @@ def count_kernel() -> Any:
             i_row = i // COLUMNS % ROWS
             i_list = i // COLUMNS // ROWS
             i_head = i_list * GROUP + i_row // LENGTH  # of all batch entries
-            parent = selected[i_head // HEADS, i_head % HEADS, i_row % LENGTH, i_column]
+            parent = index(selected[i_head // HEADS, i_head % HEADS, i_row % LENGTH, i_column])
             if parent >= 0 and parent < PARENTS:
                 place = i_list * (PARENTS * RANGES + 1) + parent * RANGES + i_row // ROWS_PER_RANGE
                 cuda.atomic.add(counts, place, 1)
@@ -166,7 +168,7 @@ def place_kernel() -> Any:
                     parent = index(-1)
             parents[i_thread] = parent
             cuda.syncthreads()
-            before, alike = 0, 0
+            before, alike, start = 0, 0, index(0)
             for i in range(THREADS):
                 if parents[i] == parent:
                     alike += 1
