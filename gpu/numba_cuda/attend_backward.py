@@ -25,6 +25,7 @@ from llsa_np.gpu.numba_cuda.cuda import (
     storer,
 )
 from llsa_np.gpu.numba_cuda.tiles import (
+    AHEAD,
     Shape,
     candidate,
     fill,
@@ -80,7 +81,6 @@ def query_gradient_kernel(dtype: str, shape: Shape) -> Any:
     TY, TX, RQ, RK, RD = shape
     THREADS, BT, BS, BD = shape.THREADS, shape.BT, shape.BS, shape.BD
     BD_PADDED, BS_PADDED = BD + 1, BS + 1
-    AHEAD = min(16, BT * BD // THREADS if BT > BS else BS * BD // THREADS)
     acc, index, flag = ELEMENT[accumulator(dtype)], ELEMENT["int64"], ELEMENT["int32"]
     store = storer(dtype)
     stage_rows, stage_candidates = stage_function(dtype, shape, BT), stage_function(dtype, shape, BS)
@@ -221,7 +221,6 @@ def key_gradient_kernel(dtype: str, shape: Shape) -> Any:
     TY, TX, RQ, RK, RD = shape
     THREADS, BT, BS, BD = shape.THREADS, shape.BT, shape.BS, shape.BD
     BD_PADDED, BS_PADDED = BD + 1, BS + 1
-    AHEAD = min(16, BT * BD // THREADS if BT > BS else BS * BD // THREADS)
     acc, index, flag = ELEMENT[accumulator(dtype)], ELEMENT["int64"], ELEMENT["int32"]
     stage_keys, stage_queries = stage_function(dtype, shape, BT), stage_heads_function(dtype, shape, BS)
     add_scores, add_rows = product_functions(shape)

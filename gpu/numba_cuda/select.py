@@ -24,6 +24,7 @@ from llsa_np.gpu.numba_cuda.cuda import (
     loader,
 )
 from llsa_np.gpu.numba_cuda.tiles import (
+    AHEAD,
     Shape,
     candidate,
     fill,
@@ -78,7 +79,6 @@ def select_kernel(dtype: str, shape: Shape) -> Any:
     TY, TX, RQ, RK, _ = shape
     THREADS, BT, BS, BD = shape.THREADS, shape.BT, shape.BS, shape.BD
     BD_PADDED, BS_PADDED, LIST = BD + 1, BS + 1, LIST_MOST
-    AHEAD = min(16, BT * BD // THREADS if BT > BS else BS * BD // THREADS)
     acc, index, flag = ELEMENT[accumulator(dtype)], ELEMENT["int64"], ELEMENT["int32"]
     stage_queries, stage_candidates = stage_function(dtype, shape, BT), stage_function(dtype, shape, BS)
     add_scores, _ = product_functions(shape)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, NamedTuple
 
-from llsa_np.gpu.numba_cuda.cuda import ELEMENT, SIMULATED, accumulator, device_function, loader
+from llsa_np.gpu.numba_cuda.cuda import ELEMENT, SIMULATED, accumulator, device_function, loader, natural
 
 INT64 = ELEMENT["int64"]
 
@@ -26,7 +26,7 @@ class Shape(NamedTuple):
     RK: int
     """Columns of a thread."""
     RD: int
-    """Dims of a thread, where the result is (rows, dims)."""
+    """Dims of a thread, where the result is (rows, dims); it divides TY."""
 
     @property
     def THREADS(self) -> int:
@@ -93,32 +93,35 @@ def candidate(parents, i_candidate, COLUMNS, CHILDREN, STRIDE, PARENTS, LENGTH):
     return token
 
 
+AHEAD = 8
+"""How many numbers a thread reads before it writes the first of them down, so that many reads are under way."""
+
+
 @cache
 def stage_function(dtype: str, shape: Shape, ROWS: int) -> Any:
     """A device function that brings dims o_d .. o_d + BD - 1 of ROWS tokens into shared memory, [ROWS, BD].
 
-    Zeros stand where there is no token (-1) and past the last dim: a NaN there must not reach anyone. A thread first
-    reads up to 16 numbers and then writes them, so that many reads are under way at a time.
+    Zeros stand where there is no token (-1) and past the last dim: a NaN there must not reach anyone. A thread has one
+    dim of every (THREADS / BD)-th row, so that neighbouring threads read neighbouring dims.
     """
     load, acc = loader(dtype), ELEMENT[accumulator(dtype)]
-    BD, THREADS = shape.BD, shape.THREADS
-    EACH = ROWS * BD // THREADS
-    AHEAD = min(16, EACH)
+    BD, ROW_STEP = shape.BD, shape.THREADS // shape.BD
+    EACH = ROWS // ROW_STEP
+    AT_ONCE = min(AHEAD, EACH)
 
     @device_function
     def stage(tile, x, tokens, o_d, D, held, i_thread):
-        for o_step in range(0, EACH, AHEAD):
-            for u in range(AHEAD):
-                i = (o_step + u) * THREADS + i_thread
-                token = tokens[i // BD]
-                d = o_d + i % BD
+        i_d, i_row = i_thread % BD, i_thread // BD
+        d = o_d + i_d
+        for o_step in range(0, EACH, AT_ONCE):
+            for u in range(AT_ONCE):
+                token = tokens[natural(i_row + (o_step + u) * ROW_STEP)]
                 value = acc(0)
                 if token >= 0 and d < D:
-                    value = load(x[token, d])
-                held[u] = value
-            for u in range(AHEAD):
-                i = (o_step + u) * THREADS + i_thread
-                tile[i // BD, i % BD] = held[u]
+                    value = load(x[natural(token), natural(d)])
+                held[natural(u)] = value
+            for u in range(AT_ONCE):
+                tile[natural(i_row + (o_step + u) * ROW_STEP), natural(i_d)] = held[natural(u)]
 
     return stage
 
@@ -127,24 +130,24 @@ def stage_function(dtype: str, shape: Shape, ROWS: int) -> Any:
 def stage_heads_function(dtype: str, shape: Shape, ROWS: int) -> Any:
     """As `stage_function`, of tokens that each come from a head of their own: x (heads, tokens, dims)."""
     load, acc = loader(dtype), ELEMENT[accumulator(dtype)]
-    BD, THREADS = shape.BD, shape.THREADS
-    EACH = ROWS * BD // THREADS
-    AHEAD = min(16, EACH)
+    BD, ROW_STEP = shape.BD, shape.THREADS // shape.BD
+    EACH = ROWS // ROW_STEP
+    AT_ONCE = min(AHEAD, EACH)
 
     @device_function
     def stage(tile, x, heads, tokens, o_d, D, held, i_thread):
-        for o_step in range(0, EACH, AHEAD):
-            for u in range(AHEAD):
-                i = (o_step + u) * THREADS + i_thread
-                token = tokens[i // BD]
-                d = o_d + i % BD
+        i_d, i_row = i_thread % BD, i_thread // BD
+        d = o_d + i_d
+        for o_step in range(0, EACH, AT_ONCE):
+            for u in range(AT_ONCE):
+                r = i_row + (o_step + u) * ROW_STEP
+                token = tokens[natural(r)]
                 value = acc(0)
                 if token >= 0 and d < D:
-                    value = load(x[heads[i // BD], token, d])
-                held[u] = value
-            for u in range(AHEAD):
-                i = (o_step + u) * THREADS + i_thread
-                tile[i // BD, i % BD] = held[u]
+                    value = load(x[natural(heads[natural(r)]), natural(token), natural(d)])
+                held[natural(u)] = value
+            for u in range(AT_ONCE):
+                tile[natural(i_row + (o_step + u) * ROW_STEP), natural(i_d)] = held[natural(u)]
 
     return stage
 
@@ -163,17 +166,17 @@ def product_functions(shape: Shape) -> tuple[Any, Any]:
     def add_scores(s, a, x, i_y, i_x):
         for d in range(BD):
             for j in range(RK):
-                number = x[i_x + TX * j, d]
+                number = x[natural(i_x + TX * j), natural(d)]
                 for i in range(RQ):
-                    s[i, j] += a[i_y + TY * i, d] * number
+                    s[natural(i), natural(j)] += a[natural(i_y + TY * i), natural(d)] * number
 
     @device_function
     def add_rows(o, w, x, i_y, i_x):
         for c in range(BS):
             for j in range(RD):
-                number = x[c, i_x + TX * j]
+                number = x[natural(c), natural(i_x + TX * j)]
                 for i in range(RQ):
-                    o[i, j] += w[i_y + TY * i, c] * number
+                    o[natural(i), natural(j)] += w[natural(i_y + TY * i), natural(c)] * number
 
     return add_scores, add_rows
 
@@ -183,4 +186,4 @@ def fill(x, value):
     """x[:, :] = value, for a thread's own numbers."""
     for i in range(x.shape[0]):
         for j in range(x.shape[1]):
-            x[i, j] = value
+            x[natural(i), natural(j)] = value
