@@ -83,16 +83,17 @@ def shared_array(self, shape, dtype, alignment=None):
     frame = sys._getframe(1)
     key = frame.f_code, frame.f_lineno
     if key not in self._allocations:
-        self._allocations[key] = new_array(shape, kernelapi.numpy_support.as_dtype(dtype))
+        self._allocations[key] = new_array(shape, dtype)
     return self._allocations[key]
 
 
 def local_array(self, shape, dtype, alignment=None):
-    return new_array(shape, kernelapi.numpy_support.as_dtype(dtype))
+    return new_array(shape, dtype)
 
 
 def new_array(shape, dtype):
     """Full of NaN or of nonsense, as uninitialised memory may be."""
+    dtype = kernelapi.numpy_support.as_dtype(dtype) if isinstance(dtype, kernelapi.types.Type) else np.dtype(dtype)
     array = np.full(shape, np.nan if dtype.kind == "f" else 2**30, dtype)
     return array.view(Guarded) if guarding else array
 

@@ -17,6 +17,7 @@ import llsa_np as llsa
 pytest.importorskip("numba.cuda", reason="numba-cuda is not installed")
 
 from frameworks import Numba, NumPy
+from numba import cuda as numba_cuda
 
 from llsa_np.gpu.numba_cuda import attend, attend_backward, cuda, pool, select, tiles, transpose
 from llsa_np.hierarchy import Hierarchy
@@ -213,6 +214,7 @@ def test_bfloat16_is_rounded_to_nearest_even():
             assert load(stored) == np.float32(expected)
 
 
+@on_compiler
 def test_workspace_is_bounded_by_shapes():
     """Neither a dense mask nor anything of queries times keys, forward or backward."""
     for tokens in (2**14, 2**18):
@@ -228,32 +230,33 @@ def test_workspace_is_bounded_by_shapes():
         assert sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in spaces) <= 2000 * tokens
 
 
-@in_simulator
-def test_the_guards_of_the_simulator_catch():
-    import simulator
+def leaves_early(x):
+    if numba_cuda.threadIdx.x == 0:
+        return
+    numba_cuda.syncthreads()
 
-    from llsa_np.gpu.numba_cuda.cuda import cuda as numba_cuda
 
-    @numba_cuda.jit
-    def leaves_early(x):
-        if numba_cuda.threadIdx.x == 0:
-            return
+def waits_elsewhere(x):
+    if numba_cuda.threadIdx.x == 0:
+        numba_cuda.syncthreads()
+    else:
         numba_cuda.syncthreads()
 
-    @numba_cuda.jit
-    def looks_back(x):
-        x[numba_cuda.threadIdx.x - 1] = 1
 
-    @numba_cuda.jit
-    def looks_back_in_shared_memory(x):
-        shared = numba_cuda.shared.array(4, np.float32)
-        shared[numba_cuda.threadIdx.x - 1] = 1
+def looks_back(x):
+    x[numba_cuda.threadIdx.x - 1] = 1
 
-    globals()["numba_cuda"] = numba_cuda
-    for kernel, error in (
-        (leaves_early, simulator.DivergentBarrierError),
-        (looks_back, IndexError),
-        (looks_back_in_shared_memory, IndexError),
-    ):
-        with pytest.raises(error):
-            kernel[1, 2](Numba.array(np.zeros(4)))
+
+def looks_back_in_shared_memory(x):
+    shared = numba_cuda.shared.array(4, np.float32)
+    shared[numba_cuda.threadIdx.x - 1] = 1
+
+
+@in_simulator
+@pytest.mark.parametrize("wrong", [leaves_early, waits_elsewhere, looks_back, looks_back_in_shared_memory])
+def test_the_guards_of_the_simulator_catch(wrong):
+    import simulator
+
+    error = IndexError if "back" in wrong.__name__ else simulator.DivergentBarrierError
+    with pytest.raises(error):
+        numba_cuda.jit(wrong)[1, 2](Numba.array(np.zeros(4)))
