@@ -211,7 +211,9 @@ def attend_backward(
             view.get("dlse"),
             selection,
             options,
-            *(gradients[name][1] for name in ("q", "k", "v")),
+            gradients["q"][1],
+            gradients["k"][1],
+            gradients["v"][1],
             lend(kernels, call.adapter, call.views["q"], work),
         )
     return gradients["q"][0], gradients["k"][0], gradients["v"][0]

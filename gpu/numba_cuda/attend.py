@@ -20,6 +20,7 @@ from llsa_np.gpu.numba_cuda.cuda import (
     kernel,
     launch,
     log,
+    natural,
     storer,
 )
 from llsa_np.gpu.numba_cuda.tiles import (
@@ -147,20 +148,21 @@ def attend_kernel(dtype: str, shape: Shape) -> Any:
             for i in range(RQ):
                 largest = acc(-INFINITY)
                 for j in range(RK):
+                    c = natural(i_x + TX * j)
                     logit = acc(-INFINITY)
-                    if token[i_x + TX * j] >= 0:
-                        logit = scale * s[i, j] + log_weight[i_x + TX * j]
-                    s[i, j] = logit
+                    if token[c] >= 0:
+                        logit = scale * s[natural(i), natural(j)] + log_weight[c]
+                    s[natural(i), natural(j)] = logit
                     if logit > largest:
                         largest = logit
-                reached[i_y + TY * i, i_x] = largest
+                reached[natural(i_y + TY * i), natural(i_x)] = largest
             stage_candidates(staged, v[i_batch, i_kv], token, o_value, DV, held, i_thread)
             cuda.syncthreads()
             for r in range(i_thread, BT, THREADS):
                 top = row_top[r]
                 for x in range(TX):
-                    if reached[r, x] > top:
-                        top = reached[r, x]
+                    if reached[natural(r), natural(x)] > top:
+                        top = reached[natural(r), natural(x)]
                 shift = acc(0) if top == -INFINITY else top  # nothing seen yet: exp(-inf - 0) = 0
                 row_fade[r] = exp(row_top[r] - shift)
                 row_shift[r] = shift
@@ -169,14 +171,15 @@ def attend_kernel(dtype: str, shape: Shape) -> Any:
 
             # Weights, and their sum of values
             for i in range(RQ):
-                shift, fade = row_shift[i_y + TY * i], row_fade[i_y + TY * i]
-                z[i] *= fade
+                r = natural(i_y + TY * i)
+                shift, fade = row_shift[r], row_fade[r]
+                z[natural(i)] *= fade
                 for j in range(RK):
-                    weight = exp(s[i, j] - shift)
-                    z[i] += weight
-                    weights[i_y + TY * i, i_x + TX * j] = weight
+                    weight = exp(s[natural(i), natural(j)] - shift)
+                    z[natural(i)] += weight
+                    weights[r, natural(i_x + TX * j)] = weight
                 for j in range(RD):
-                    o[i, j] *= fade
+                    o[natural(i), natural(j)] *= fade
             cuda.syncthreads()
             add_rows(o, weights, staged, i_y, i_x)
             cuda.syncthreads()

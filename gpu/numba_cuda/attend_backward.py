@@ -22,6 +22,7 @@ from llsa_np.gpu.numba_cuda.cuda import (
     kernel,
     launch,
     loader,
+    natural,
     storer,
 )
 from llsa_np.gpu.numba_cuda.tiles import (
@@ -181,13 +182,14 @@ def query_gradient_kernel(dtype: str, shape: Shape) -> Any:
 
             # dS; none where there is no candidate, and none for a query that has no candidates at all
             for i in range(RQ):
-                r = i_y + TY * i
+                r = natural(i_y + TY * i)
                 for j in range(RK):
+                    c = natural(i_x + TX * j)
                     slope = acc(0)
-                    if token[i_x + TX * j] >= 0 and row_lse[r] != -INFINITY:
-                        p = exp(scale * s[i, j] + log_weight[i_x + TX * j] - row_lse[r])
-                        slope = p * (dp[i, j] - row_delta[r])
-                    slopes[r, i_x + TX * j] = slope
+                    if token[c] >= 0 and row_lse[r] != -INFINITY:
+                        p = exp(scale * s[natural(i), natural(j)] + log_weight[c] - row_lse[r])
+                        slope = p * (dp[natural(i), natural(j)] - row_delta[r])
+                    slopes[r, c] = slope
             if D > BD:  # else the keys are there still
                 stage_candidates(staged, k[i_batch, i_kv], token, o_result, D, held, i_thread)
             cuda.syncthreads()
@@ -348,14 +350,15 @@ def key_gradient_kernel(dtype: str, shape: Shape) -> Any:
                 add_scores(s, keys, staged, i_y, i_x)
                 cuda.syncthreads()
             for i in range(RQ):
-                r = i_y + TY * i
+                r = natural(i_y + TY * i)
                 log_weight = log_last_count if key_token[r] == N - 1 else log_count
                 for j in range(RK):
+                    c = natural(i_x + TX * j)
                     p = acc(0)
-                    if key_token[r] >= 0 and token[i_x + TX * j] >= 0:
-                        p = exp(scale * s[i, j] + log_weight - query_lse[i_x + TX * j])
-                    s[i, j] = p
-                    weights[r, i_x + TX * j] = p
+                    if key_token[r] >= 0 and token[c] >= 0:
+                        p = exp(scale * s[natural(i), natural(j)] + log_weight - query_lse[c])
+                    s[natural(i), natural(j)] = p
+                    weights[r, c] = p
 
             # <dO, v>, and dv += P dO
             fill(dp, acc(0))
@@ -377,11 +380,13 @@ def key_gradient_kernel(dtype: str, shape: Shape) -> Any:
             # dS, and dk += dS Q
             if NEEDS_K:
                 for i in range(RQ):
+                    r = natural(i_y + TY * i)
                     for j in range(RK):
+                        c = natural(i_x + TX * j)
                         slope = acc(0)
-                        if key_token[i_y + TY * i] >= 0 and token[i_x + TX * j] >= 0:
-                            slope = s[i, j] * (dp[i, j] - query_delta[i_x + TX * j])
-                        weights[i_y + TY * i, i_x + TX * j] = slope
+                        if key_token[r] >= 0 and token[c] >= 0:
+                            slope = s[natural(i), natural(j)] * (dp[natural(i), natural(j)] - query_delta[c])
+                        weights[r, c] = slope
                 stage_queries(staged, q[i_batch], head, token, o_result, D, held, i_thread)
                 cuda.syncthreads()
                 add_rows(o_k, weights, staged, i_y, i_x)

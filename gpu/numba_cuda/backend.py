@@ -22,6 +22,32 @@ def device_arrays(arrays: Any) -> list[Any]:
     return [device_array(x) for x in arrays]
 
 
+def needed_spaces(of: Work) -> Spaces:
+    """The workspace of an operation, each part planned beside the kernels that use it."""
+    if of.operation == "pool":
+        return pool_spaces(of.dtype, of.batch, of.kv_heads, of.dim, of.key_hierarchy)
+    if of.operation == "select":
+        return select_spaces(of.batch, of.heads, of.query_hierarchy, of.key_hierarchy, of.topk)
+    if of.options is None:
+        raise ValueError(f"{of.operation}: got no options to plan from")
+    if of.operation == "attend":
+        queries, block_size = of.query_hierarchy.tokens, of.key_hierarchy.block_size
+        return attend_spaces(of.dtype, of.batch, of.heads, queries, of.value_dim, block_size, of.options)
+    return backward_spaces(
+        of.dtype,
+        of.batch,
+        of.heads,
+        of.kv_heads,
+        of.dim,
+        of.value_dim,
+        of.query_hierarchy,
+        of.key_hierarchy,
+        of.topk,
+        of.options,
+        of.needs,
+    )
+
+
 class NumbaCudaBackend:
     """Serves every case whose arrays lie on a CUDA device, in every dtype, with float32 products in full precision."""
 
@@ -32,35 +58,9 @@ class NumbaCudaBackend:
         return []
 
     def spaces(self, work: Work) -> Spaces:
-        """The workspace of an operation."""
-        of = work
-        if of.operation == "pool":
-            return pool_spaces(of.dtype, of.batch, of.kv_heads, of.dim, of.key_hierarchy)
-        if of.operation == "select":
-            return select_spaces(of.batch, of.heads, of.query_hierarchy, of.key_hierarchy, of.topk)
-        if of.operation == "attend":
-            return attend_spaces(
-                of.dtype,
-                of.batch,
-                of.heads,
-                of.query_hierarchy.tokens,
-                of.value_dim,
-                of.key_hierarchy.block_size,
-                of.options,
-            )
-        return backward_spaces(
-            of.dtype,
-            of.batch,
-            of.heads,
-            of.kv_heads,
-            of.dim,
-            of.value_dim,
-            of.query_hierarchy,
-            of.key_hierarchy,
-            of.topk,
-            of.options,
-            of.needs,
-        )
+        """The workspace of an operation. What an operation can do without is given one element: not every version of
+        Numba passes an empty array to a kernel."""
+        return [(tuple(max(1, size) for size in shape), dtype) for shape, dtype in needed_spaces(work)]
 
     def pool(self, x: Any, hierarchy: Hierarchy, out: list[Any], room: Room) -> None:
         """Fill levels 1..L."""
@@ -73,9 +73,9 @@ class NumbaCudaBackend:
     ) -> None:
         """Fill S_1 .. S_L."""
         with on_device(room.device):
-            levels = [device_arrays(arrays) for arrays in (q_levels, k_levels)]
+            q, k = device_arrays(q_levels), device_arrays(k_levels)
             stream, spaces = stream_at(room.stream), device_arrays(room.arrays)
-            select(*levels, hierarchy, device_arrays(out), spaces, room.dtype, stream)
+            select(q, k, hierarchy, device_arrays(out), spaces, room.dtype, stream)
 
     def attend(
         self,
@@ -122,7 +122,6 @@ class NumbaCudaBackend:
     ) -> None:
         """Fill dq, dk and dv, each unless None."""
         with on_device(room.device):
-            gradients = [None if x is None else device_array(x) for x in (dq, dk, dv)]
             attend_backward(
                 device_array(dout),
                 device_array(q),
@@ -130,12 +129,14 @@ class NumbaCudaBackend:
                 device_arrays(v_levels),
                 device_array(out),
                 device_array(lse),
-                None if dlse is None else device_array(dlse),
+                device_array(dlse),
                 device_arrays(selection),
                 selection.query_hierarchy,
                 selection.key_hierarchy,
                 options,
-                *gradients,
+                device_array(dq),
+                device_array(dk),
+                device_array(dv),
                 device_arrays(room.arrays),
                 room.dtype,
                 stream_at(room.stream),

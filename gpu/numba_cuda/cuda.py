@@ -80,7 +80,10 @@ def launch(kernel: Any, blocks: int, threads: int, stream: Any, *arguments: Any)
 
 
 def device_array(x: Any) -> Any:
-    """Any framework's device array as one that a kernel takes, without a copy and without waiting for its stream."""
+    """Any framework's device array as one that a kernel takes, without a copy and without waiting for its stream.
+    None stays None."""
+    if x is None:
+        return None
     if SIMULATED:
         return x.view(np.uint16) if x.dtype.name == "bfloat16" else x
     if isinstance(x, cuda.devicearray.DeviceNDArray):

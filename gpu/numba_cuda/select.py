@@ -22,6 +22,7 @@ from llsa_np.gpu.numba_cuda.cuda import (
     kernel,
     launch,
     loader,
+    natural,
 )
 from llsa_np.gpu.numba_cuda.tiles import (
     AHEAD,
@@ -139,14 +140,14 @@ def select_kernel(dtype: str, shape: Shape) -> Any:
                 cuda.syncthreads()
             for i in range(RQ):
                 for j in range(RK):
-                    scores[i_y + TY * i, i_x + TX * j] = s[i, j]
+                    scores[natural(i_y + TY * i), natural(i_x + TX * j)] = s[natural(i), natural(j)]
             cuda.syncthreads()
 
             for r in range(i_thread, BT, THREADS):
                 length = list_length[r]
                 for c in range(BS):
-                    this = order(scores[r, c])
-                    if token[c] >= 0 and (length < K or this > list_order[r, K - 1]):
+                    this = order(scores[natural(r), natural(c)])
+                    if token[natural(c)] >= 0 and (length < K or this > list_order[r, K - 1]):
                         place = length if length < K else K - 1
                         while place > 0 and list_order[r, place - 1] < this:
                             list_order[r, place] = list_order[r, place - 1]
