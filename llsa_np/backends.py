@@ -73,6 +73,9 @@ class Backend(Protocol):
     def spaces(self, work: Work) -> list[tuple[tuple[int, ...], str]]:
         """Shapes and dtypes of the arrays that an operation needs besides its results."""
 
+    def precompile(self, case: Case, backward: bool, arch: str | None) -> None:
+        """Compile what calls like this one will need, for this GPU (None) or another."""
+
     def pool(self, x: Any, hierarchy: Hierarchy, out: list[Any], room: Room) -> None: ...
 
     def select(
@@ -148,6 +151,11 @@ def choose(name: str, device: str, case: Case) -> Backend:
             return backend
         refusals += [f"{backend.name} {reason}" for reason in reasons]
     raise NotImplementedError(f"{who}: {'; '.join(refusals)}")
+
+
+def serves_gpu() -> bool:
+    """Whether any backend can serve arrays on a GPU here."""
+    return any(DEVICES[name] == "cuda" and not _reasons(name) for name in NAMES)
 
 
 def _load(name: str) -> Backend:

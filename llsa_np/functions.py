@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llsa_np.adapters import Adapter, View, common_adapter, type_name
-from llsa_np.backends import Backend, BackendName, Case, Room, Work, check_backend, choose
+from llsa_np.backends import Backend, BackendName, Case, Room, Work, check_backend, choose, serves_gpu
 from llsa_np.checks import (
     Sizes,
     check_devices,
@@ -69,7 +69,8 @@ def attention(
     `default_levels(N, block_size)`. topk: how many tokens of each level a query keeps, one int or one per level 1..L.
     enrich: which coarse levels take part in attention; None: all; (): none. reweight: whether a coarse token weighs as
     many tokens as it stands for. scale: of the logits; None: 1 / sqrt(D).
-    layout: "bhnd", or "bnhd" for arrays (batch, tokens, heads, dim). backend: "auto" goes by where the arrays are.
+    layout: "bhnd", or "bnhd" for arrays (batch, tokens, heads, dim). backend: "auto" goes by where the arrays are and
+    never moves them; NumPy arrays with a GPU backend named are copied to the GPU, and the results back.
     precision: "tf32" permits float32 products on matrix units in reduced precision; "full" does not.
 
     Returns out, in q's dtype and layout, (batch, heads, M, Dv); with return_lse (out, lse), lse = log Z_t, natural
@@ -286,7 +287,10 @@ def precompile(
         raise ValueError(f"{who}: backward is {backward!r}; allowed is True or False")
     if arch is not None and not (isinstance(arch, str) and arch.startswith("sm_")):
         raise ValueError(f"{who}: arch is {arch!r}; allowed is None or a name such as 'sm_90a'")
-    choose(backend_name, "cpu", Case(who, dtype_name, dim, value_dim, block_size, topks))
+    # The host's backend, or that of a GPU if one was named or is here.
+    on_host = not serves_gpu() if backend_name == "auto" else backend_name == "numpy"
+    case = Case(who, dtype_name, dim, value_dim, block_size, topks)
+    choose(backend_name, "cpu" if on_host else "cuda", case).precompile(case, bool(backward), arch)
 
 
 class Call(NamedTuple):

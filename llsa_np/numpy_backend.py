@@ -23,6 +23,9 @@ class NumpyBackend:
         """None."""
         return []
 
+    def precompile(self, *arguments: object) -> None:
+        """Nothing to compile."""
+
     def pool(self, *arguments: Any) -> None:
         """Fill levels 1..L."""
         pool(*arguments[:-1])

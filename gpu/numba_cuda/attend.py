@@ -213,6 +213,11 @@ def attend_kernel(dtype: str, shape: Shape) -> Any:
     return attend_level
 
 
+def attend_kernels(dtype: str, block_size: int) -> list[Any]:
+    """All that attention needs."""
+    return [attend_kernel(dtype, shape_for(dtype, block_size))]
+
+
 def attend_spaces(
     dtype: str, batch: int, heads: int, queries: int, value_dim: int, block_size: int, options: AttendOptions
 ) -> Spaces:

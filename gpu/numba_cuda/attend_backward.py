@@ -36,7 +36,7 @@ from llsa_np.gpu.numba_cuda.tiles import (
     stage_heads_function,
     tiling,
 )
-from llsa_np.gpu.numba_cuda.transpose import Lists, lists, transpose
+from llsa_np.gpu.numba_cuda.transpose import Lists, lists, transpose, transpose_kernels
 from llsa_np.hierarchy import Hierarchy
 from llsa_np.options import AttendOptions
 
@@ -465,6 +465,13 @@ def unpool_kernel(dtype: str) -> Any:
                 own[i_batch, i_head, i_token, d] = total
 
     return unpool_level
+
+
+def backward_kernels(dtype: str, block_size: int) -> list[Any]:
+    """All that gradients need."""
+    shape = shape_for(dtype, block_size)
+    kernels = [delta_kernel(dtype), query_gradient_kernel(dtype, shape), key_gradient_kernel(dtype, shape)]
+    return [*kernels, add_parts_kernel(dtype), unpool_kernel(dtype), *transpose_kernels()]
 
 
 # --- sizes

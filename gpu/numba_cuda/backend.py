@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from llsa_np.backends import Case, Room, Work
-from llsa_np.gpu.numba_cuda.attend import attend, attend_spaces
-from llsa_np.gpu.numba_cuda.attend_backward import attend_backward, backward_spaces
+from llsa_np.gpu.numba_cuda.attend import attend, attend_kernels, attend_spaces
+from llsa_np.gpu.numba_cuda.attend_backward import attend_backward, backward_kernels, backward_spaces
 from llsa_np.gpu.numba_cuda.cuda import device_array, on_device, stream_at
-from llsa_np.gpu.numba_cuda.pool import pool, pool_spaces
-from llsa_np.gpu.numba_cuda.select import select, select_spaces
+from llsa_np.gpu.numba_cuda.pool import pool, pool_kernels, pool_spaces
+from llsa_np.gpu.numba_cuda.select import select, select_kernels, select_spaces
 from llsa_np.hierarchy import Hierarchy
 from llsa_np.options import AttendOptions
 from llsa_np.selection import Selection
@@ -61,6 +61,16 @@ class NumbaCudaBackend:
         """The workspace of an operation. What an operation can do without is given one element: not every version of
         Numba passes an empty array to a kernel."""
         return [(tuple(max(1, size) for size in shape), dtype) for shape, dtype in needed_spaces(work)]
+
+    def precompile(self, case: Case, backward: bool, arch: str | None) -> None:
+        """Compile every kernel of the case, for this GPU."""
+        if arch is not None:
+            raise NotImplementedError(
+                f"{case.operation}: arch is {arch!r}; the numba_cuda backend compiles for the GPU that is here. "
+                "Use arch=None"
+            )
+        for compile_kernels in (pool_kernels, select_kernels, attend_kernels, *([backward_kernels] * backward)):
+            compile_kernels(case.dtype, case.block_size)
 
     def pool(self, x: Any, hierarchy: Hierarchy, out: list[Any], room: Room) -> None:
         """Fill levels 1..L."""

@@ -57,6 +57,11 @@ def pool_kernel(dtype: str, child_dtype: str) -> Any:
     return pool_level
 
 
+def pool_kernels(dtype: str, block_size: int) -> list[Any]:
+    """All that pooling needs: from the tokens, and from the sums of a level."""
+    return [pool_kernel(dtype, dtype), pool_kernel(dtype, accumulator(dtype))]
+
+
 def pool_spaces(dtype: str, batch: int, heads: int, dim: int, hierarchy: Hierarchy) -> Spaces:
     """The sums of every level that has one above it."""
     lengths = hierarchy.lengths[1:-1] or (0,)

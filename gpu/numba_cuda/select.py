@@ -270,6 +270,11 @@ def select_by_bits_kernel(dtype: str) -> Any:
     return select_level_by_bits
 
 
+def select_kernels(dtype: str, block_size: int) -> list[Any]:
+    """All that selection needs, for any K."""
+    return [select_kernel(dtype, shape_for(dtype, block_size)), select_by_bits_kernel(dtype)]
+
+
 def select_spaces(batch: int, heads: int, query_hierarchy: Hierarchy, hierarchy: Hierarchy, topk: Any) -> Spaces:
     """Room for the scores of BITS_BLOCKS queries, if any level needs it."""
     most = 0

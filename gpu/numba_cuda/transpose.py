@@ -198,6 +198,11 @@ def clear_kernel() -> Any:
     return clear
 
 
+def transpose_kernels() -> list[Any]:
+    """All that transposing needs."""
+    return [clear_kernel(), count_kernel(), scan_kernel(), item_kernel(), place_kernel()]
+
+
 def transpose(selected: Any, of: Lists, split: int, kv_heads: int, room: Any, stream: Any) -> None:
     """Fills room = (starts, rows, items), int64 (n,) for all lists: `starts` with the end of every (parent, range),
     `rows` with the row numbers of S_{l+1}, counted over a kv head's query heads, and `items` with the number of the
