@@ -1,5 +1,6 @@
 # make demo   attend over the 65,536 pixels of a photograph; pictures in demo/
-# make test   everything that is tested without a GPU, documentation included (with one, the GPU too)
+# make test   everything that is tested without a GPU, documentation included (with one, the GPU too), the Numba kernels
+#             in Numba's simulator
 # make lint   ruff and mypy
 # make bench  this machine's backends against dense attention (PyTorch's); figures in build/bench.json
 # make docs   the site, in docs/_build/html
@@ -21,6 +22,7 @@ demo: $(VENV)/.explain
 
 test: $(VENV)/.test
 	$(BIN)/pytest -n 2
+	NUMBA_ENABLE_CUDASIM=1 $(BIN)/pytest -n 2
 
 bench: $(VENV)/.bench
 	$(BIN)/llsa bench --out build/bench.json

@@ -43,6 +43,9 @@ class Adapter(Protocol):
         """A new array, uninitialised, beside `like`, with the axes of shape (batch, heads, tokens, dim) laid out in
         `layout`: the array for the caller and the view for the backend. dtype None means that of `like`."""
 
+    def stream(self, like: View) -> int:
+        """The address of the stream on which the caller works, 0 for the default one and on the host."""
+
     def namespace(self, array: Any) -> Any:
         """The module whose functions follow the Python array API, for `merge`; None where the framework has none."""
 
@@ -50,10 +53,14 @@ class Adapter(Protocol):
         """The contents on the host, copied if they lie elsewhere, for `coverage` and for checking a Selection."""
 
 
-ADAPTERS = {"numpy": "llsa_np.adapters.numpy_arrays"}
+ADAPTERS = {
+    "numpy": "llsa_np.adapters.numpy_arrays",
+    "cupy": "llsa_np.adapters.cupy_arrays",
+    "numba": "llsa_np.adapters.numba_arrays",
+}
 """Top module of an array's type (or of a base class of it) -> the module whose `adapter` serves it."""
 
-SUPPORTED = "NumPy arrays (numpy.ndarray; bfloat16 as ml_dtypes.bfloat16)"
+SUPPORTED = "arrays of NumPy (bfloat16 as ml_dtypes.bfloat16), CuPy and numba.cuda"
 
 
 def type_name(value: Any) -> str:

@@ -36,6 +36,9 @@ class NumpyAdapter:
         array = np.empty(shape, like.array.dtype if dtype is None else dtype)
         return array, self.view(array, layout)
 
+    def stream(self, like: View) -> int:
+        return 0
+
     def namespace(self, array: NDArray[Any]) -> Any:
         return np
 

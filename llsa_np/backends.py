@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
@@ -29,6 +31,34 @@ class Case(NamedTuple):
     topk: tuple[int, ...]
 
 
+class Work(NamedTuple):
+    """All that a workspace is planned from: shapes, dtype and options of one operation, never the data."""
+
+    operation: str
+    dtype: str
+    batch: int
+    heads: int
+    kv_heads: int
+    dim: int
+    value_dim: int
+    query_hierarchy: Hierarchy
+    key_hierarchy: Hierarchy
+    topk: tuple[int, ...] = ()
+    options: AttendOptions | None = None
+    needs: frozenset[str] = frozenset()
+
+
+class Room(NamedTuple):
+    """What a call lends a backend for one operation."""
+
+    arrays: list[Any]
+    """The workspace, as the backend's `spaces` asked for it, uninitialised."""
+    stream: int
+    """The address of the caller's stream, 0 for the default one and on the host."""
+    device: str
+    dtype: str
+
+
 class Backend(Protocol):
     """The four operations over checked arrays (batch, heads, tokens, dim); results are filled, not returned.
 
@@ -40,9 +70,17 @@ class Backend(Protocol):
     def refusals(self, case: Case) -> list[str]:
         """Every reason why this backend cannot serve a call that passed the checks; none if it can."""
 
-    def pool(self, x: Any, hierarchy: Hierarchy, out: list[Any]) -> None: ...
+    def spaces(self, work: Work) -> list[tuple[tuple[int, ...], str]]:
+        """Shapes and dtypes of the arrays that an operation needs besides its results."""
 
-    def select(self, q_levels: list[Any], k_levels: list[Any], hierarchy: Hierarchy, out: list[Any]) -> None: ...
+    def precompile(self, case: Case, backward: bool, arch: str | None) -> None:
+        """Compile what calls like this one will need, for this GPU (None) or another."""
+
+    def pool(self, x: Any, hierarchy: Hierarchy, out: list[Any], room: Room) -> None: ...
+
+    def select(
+        self, q_levels: list[Any], k_levels: list[Any], hierarchy: Hierarchy, out: list[Any], room: Room
+    ) -> None: ...
 
     def attend(
         self,
@@ -53,6 +91,7 @@ class Backend(Protocol):
         options: AttendOptions,
         out: Any,
         lse: Any,
+        room: Room,
     ) -> None: ...
 
     def attend_backward(
@@ -69,6 +108,7 @@ class Backend(Protocol):
         dq: Any | None,
         dk: Any | None,
         dv: Any | None,
+        room: Room,
     ) -> None: ...
 
 
@@ -113,8 +153,16 @@ def choose(name: str, device: str, case: Case) -> Backend:
     raise NotImplementedError(f"{who}: {'; '.join(refusals)}")
 
 
+def serves_gpu() -> bool:
+    """Whether any backend can serve arrays on a GPU here."""
+    return any(DEVICES[name] == "cuda" and not _reasons(name) for name in NAMES)
+
+
 def _load(name: str) -> Backend:
-    return {"numpy": numpy_backend.backend}[name]
+    if name == "numpy":
+        return numpy_backend.backend
+    backend: Backend = import_module(f"llsa_np.gpu.{name}.backend").backend
+    return backend
 
 
 @cache
@@ -122,20 +170,28 @@ def _reasons(name: str) -> tuple[str, ...]:
     """Why a backend cannot run on this machine, looked up once a process."""
     if name == "numpy":
         return ()
-    kernels, packages = {
-        "numba_cuda": ("Numba CUDA", {"numba": "numba", "numba_cuda": "numba-cuda"}),
-        "cupy_raw": ("CuPy", {"cupy": "cupy", "cuda.core": "cuda-core"}),
+    packages = {
+        "numba_cuda": {"numba": "numba", "numba_cuda": "numba-cuda"},
+        "cupy_raw": {"cupy": "cupy", "cuda.core": "cuda-core"},
     }[name]
-    reasons = [f"this version of llsa-np has no {kernels} kernels yet"]
+    reasons = ["this version of llsa-np has no CuPy kernels yet"] if name == "cupy_raw" else []
     missing = [package for module, package in packages.items() if not _installed(module)]
     if missing:
         reasons.append(
             f"not installed: {', '.join(missing)} "
             "(pip install 'llsa-np[cuda13]', or 'llsa-np[cuda12]' for a CUDA 12 driver)"
         )
+    if name == "numba_cuda" and _simulated():
+        return tuple(reasons)
     if not _cuda_devices():
-        reasons.append("no CUDA device: the NVIDIA driver is missing or shows none")
+        simulator = " (NUMBA_ENABLE_CUDASIM=1 runs these kernels in Numba's simulator)" if name == "numba_cuda" else ""
+        reasons.append(f"no CUDA device: the NVIDIA driver is missing or shows none{simulator}")
     return tuple(reasons)
+
+
+def _simulated() -> bool:
+    """Whether Numba's CUDA simulator is switched on, which Numba reads when it is imported."""
+    return os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
 
 
 def _installed(module: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from llsa_np.adapters import Adapter, View, common_adapter
-from llsa_np.backends import Backend, Case, check_backend, choose
+from llsa_np.backends import Backend, Case, Room, Work, check_backend, choose
 from llsa_np.checks import (
     Sizes,
     check_devices,
@@ -44,11 +44,28 @@ class Call(NamedTuple):
         case = Case(self.who, self.dtype, self.sizes["q"].dim, value_dim, block_size, topk)
         return choose(self.backend, self.views["q"].device, case)
 
+    def work(
+        self,
+        operation: str,
+        query_hierarchy: Hierarchy,
+        key_hierarchy: Hierarchy,
+        topk: tuple[int, ...],
+        options: AttendOptions | None = None,
+        needs: frozenset[str] = frozenset(),
+    ) -> Work:
+        """What the workspace of an operation on these arrays is planned from."""
+        q, k = self.sizes["q"], self.sizes["k"]
+        value_dim = self.sizes["v"].dim if "v" in self.sizes else q.dim
+        shapes = (q.batch, q.heads, k.heads, q.dim, value_dim)
+        return Work(operation, self.dtype, *shapes, query_hierarchy, key_hierarchy, topk, options, needs)
+
     def levels(self, kernels: Backend, name: str, hierarchy: Hierarchy) -> list[Any]:
         """Levels 0..L of an argument."""
         view = self.views[name]
         pooled = [level.array for _, level in empty_levels(self.adapter, view, self.sizes[name], hierarchy, "bhnd")]
-        kernels.pool(view.array, hierarchy, pooled)
+        of = self.sizes[name]
+        work = Work("pool", self.dtype, of.batch, of.heads, of.heads, of.dim, of.dim, hierarchy, hierarchy)
+        kernels.pool(view.array, hierarchy, pooled, lend(kernels, self.adapter, view, work))
         return [view.array, *pooled]
 
     def select(
@@ -61,7 +78,8 @@ class Call(NamedTuple):
             for length, k in zip(hierarchy.lengths[1:], topk, strict=True)
         ]
         q_levels = self.levels(kernels, "q", hierarchy)
-        kernels.select(q_levels[1:], k_levels[1:], key_hierarchy, [view.array for _, view in results])
+        room = lend(kernels, self.adapter, self.views["q"], self.work("select", hierarchy, key_hierarchy, topk))
+        kernels.select(q_levels[1:], k_levels[1:], key_hierarchy, [view.array for _, view in results], room)
         return Selection(
             [array for array, _ in results],
             block_size=hierarchy.block_size,
@@ -76,13 +94,21 @@ class Call(NamedTuple):
         q, view = self.sizes["q"], self.views["q"]
         out, out_view = self.adapter.empty((q.batch, q.heads, q.tokens, self.sizes["v"].dim), None, view, self.layout)
         lse, lse_view = self.adapter.empty((q.batch, q.heads, q.tokens), lse_dtype(self.dtype), view)
-        kernels.attend(view.array, k_levels, v_levels, selection, options, out_view.array, lse_view.array)
+        work = self.work("attend", selection.query_hierarchy, selection.key_hierarchy, selection.topk, options)
+        room = lend(kernels, self.adapter, view, work)
+        kernels.attend(view.array, k_levels, v_levels, selection, options, out_view.array, lse_view.array, room)
         return out, lse
 
     def empty_like(self, name: str) -> tuple[Any, Any]:
         """A new array of an argument's shape, dtype and layout: for the caller, and as the backend sees it."""
         array, view = self.adapter.empty(tuple(self.sizes[name]), None, self.views[name], self.layout)
         return array, view.array
+
+
+def lend(kernels: Backend, adapter: Adapter, like: View, work: Work) -> Room:
+    """The workspace of an operation, allocated beside `like` by the caller's framework, and the caller's stream."""
+    arrays = [adapter.empty(shape, dtype, like)[1].array for shape, dtype in kernels.spaces(work)]
+    return Room(arrays, adapter.stream(like), like.device, work.dtype)
 
 
 def prepare(who: str, backend: Any, layout: Any, arrays: dict[str, Any], selection: Any = NO_SELECTION) -> Call:

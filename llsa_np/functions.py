@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from typing import Any, Literal, TypeVar, overload
 
 from llsa_np.adapters import common_adapter
-from llsa_np.backends import BackendName, Case, check_backend, choose
-from llsa_np.call import empty_levels, prepare
+from llsa_np.backends import BackendName, Case, Work, check_backend, choose, serves_gpu
+from llsa_np.call import empty_levels, lend, prepare
 from llsa_np.checks import check_dtype_name, check_floats, sizes
+from llsa_np.copies import copied_to_the_device
 from llsa_np.hierarchy import Hierarchy, default_levels
 from llsa_np.options import (
     MAX_LEVELS,
@@ -69,6 +70,7 @@ def attention(
 ) -> tuple[Array, Array]: ...
 
 
+@copied_to_the_device
 def attention(
     q: Array,
     k: Array,
@@ -123,6 +125,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@copied_to_the_device
 def select(
     q: Array,
     k: Array,
@@ -151,6 +154,7 @@ def select(
     return call.select(kernels, call.levels(kernels, "k", key_hierarchy), key_hierarchy, topks)
 
 
+@copied_to_the_device
 def attend(
     q: Array,
     k: Array,
@@ -184,6 +188,7 @@ def attend(
     return call.attend(kernels, k_levels, v_levels, selection, options)
 
 
+@copied_to_the_device
 def attend_backward(
     dout: Array,
     q: Array,
@@ -226,6 +231,7 @@ def attend_backward(
     gradients = {name: call.empty_like(name) if name in needed else (None, None) for name in ("q", "k", "v")}
     if needed:
         view = {name: v.array for name, v in call.views.items()}
+        work = call.work(who, selection.query_hierarchy, selection.key_hierarchy, selection.topk, options, needed)
         kernels.attend_backward(
             view["dout"],
             view["q"],
@@ -236,11 +242,15 @@ def attend_backward(
             view.get("dlse"),
             selection,
             options,
-            *(gradients[name][1] for name in ("q", "k", "v")),
+            gradients["q"][1],
+            gradients["k"][1],
+            gradients["v"][1],
+            lend(kernels, call.adapter, call.views["q"], work),
         )
     return gradients["q"][0], gradients["k"][0], gradients["v"][0]
 
 
+@copied_to_the_device
 def pool(
     x: Array, *, block_size: int = 16, levels: int = 1, layout: Layout = "bhnd", backend: BackendName = "auto"
 ) -> tuple[Array, ...]:
@@ -263,7 +273,8 @@ def pool(
     hierarchy = Hierarchy(of.tokens, block_size, check_levels(who, levels, block_size))
     kernels = choose(name, view.device, Case(who, dtype, of.dim, of.dim, block_size, ()))
     results = empty_levels(adapter, view, of, hierarchy, layout)
-    kernels.pool(view.array, hierarchy, [level.array for _, level in results])
+    work = Work(who, dtype, of.batch, of.heads, of.heads, of.dim, of.dim, hierarchy, hierarchy)
+    kernels.pool(view.array, hierarchy, [level.array for _, level in results], lend(kernels, adapter, view, work))
     return tuple(array for array, _ in results)
 
 
@@ -302,10 +313,13 @@ def precompile(
         enrichable = levels
     topks = check_topk(who, topk, check_levels(who, levels, block_size))
     check_attend_options(who, enrich, reweight, None, precision, levels=enrichable, dim=dim)
-    check_flag(who, "backward", backward)
+    backward = check_flag(who, "backward", backward)
     if arch is not None and not (isinstance(arch, str) and arch.startswith("sm_")):
         raise ValueError(f"{who}: arch is {arch!r}; allowed is None or a name such as 'sm_90a'")
-    choose(backend_name, "cpu", Case(who, dtype_name, dim, value_dim, block_size, topks))
+    # The host's backend, or that of a GPU if one was named or is here.
+    on_host = not serves_gpu() if backend_name == "auto" else backend_name == "numpy"
+    case = Case(who, dtype_name, dim, value_dim, block_size, topks)
+    choose(backend_name, "cpu" if on_host else "cuda", case).precompile(case, backward, arch)
 
 
 def pyramid(who: str, block_size: Any, levels: Any, topk: Any, key_tokens: int) -> tuple[int, int, tuple[int, ...]]:

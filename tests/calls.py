@@ -39,6 +39,8 @@ def run(case, backend, framework, arrays=None, selection=None, dlse=True, **atte
     options = case.attend_options | attend_options
     if selection is None:
         selection = llsa.select(q, k, backend=backend, **case.select_options)
+    elif isinstance(selection[1], np.ndarray):
+        selection = with_arrays(selection, framework.array)
     out, lse = llsa.attend(q, k, v, selection, backend=backend, **options)
     gradients = llsa.attend_backward(
         dout, q, k, v, out, lse, selection, dlse=dlse_array if dlse else None, backend=backend, **options

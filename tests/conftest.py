@@ -7,9 +7,15 @@ import frameworks
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+from strategies import SIMULATED
 
 import llsa_np as llsa
 from llsa_np.adapters.numpy_arrays import NumpyAdapter
+
+if SIMULATED:
+    import simulator
+
+    simulator.install()
 
 settings.register_profile(
     "suite",
@@ -21,33 +27,72 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
+# In the simulator's own process the Numba kernels alone are tested.
+BACKENDS = ["numba_cuda"] if SIMULATED else [name for name, reasons in llsa.backends().items() if not reasons]
+
+
 def pytest_generate_tests(metafunc):
-    """`backend`: every backend that can run here. tests/test_backends.py skips once for each of the others."""
-    if "backend" in metafunc.fixturenames:
-        metafunc.parametrize(
-            "backend", [name for name, reasons in llsa.backends().items() if not reasons], scope="session"
-        )
+    """`backend` and `framework`: every backend that can run here, with the arrays of every framework it serves.
+
+    tests/test_backends.py skips once for each backend that cannot run.
+    """
+    pairs = [(backend, framework) for backend in BACKENDS for framework in frameworks.OF_BACKEND[backend]]
+    needed = {"backend", "framework"} & set(metafunc.fixturenames)
+    if len(needed) == 2:
+        names = [f"{backend}-{framework.name}" for backend, framework in pairs]
+        metafunc.parametrize(("backend", "framework"), pairs, ids=names, scope="session")
+    elif "backend" in needed:
+        metafunc.parametrize("backend", BACKENDS, scope="session")
+    elif "framework" in needed:
+        able = [framework for framework in dict.fromkeys(f for _, f in pairs) if framework.has_operations]
+        metafunc.parametrize("framework", able, ids=[f.name for f in able], scope="session")
 
 
-@pytest.fixture(scope="session", params=frameworks.FRAMEWORKS)
-def framework(request):
-    """Every array framework that the suite calls with."""
-    return frameworks.FRAMEWORKS[request.param]
+def pytest_collection_modifyitems(config, items):
+    """In the simulator's process, only what calls a backend, and the Numba kernels' own tests."""
+    if SIMULATED:
+        ours = [
+            item
+            for item in items
+            if "numba" in item.path.stem or "backend" in getattr(getattr(item, "callspec", None), "params", ())
+        ]
+        config.hook.pytest_deselected(items=[item for item in items if item not in ours])
+        items[:] = ours
+
+
+def poison(array):
+    """NaN everywhere, or indices that are out of range."""
+    value = np.nan if array.dtype.kind in "fV" else 2**30  # ml_dtypes' bfloat16 is of kind V
+    if hasattr(array, "fill"):
+        array.fill(value)
+    else:
+        array.copy_to_device(np.full(array.shape, value, array.dtype))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def poisoned_outputs():
-    """New arrays hold NaN, or indices that are out of range, so that what a backend does not write cannot pass."""
-    plain = NumpyAdapter.empty
+    """New arrays, workspaces included, are poisoned, so that what a backend does not write cannot pass."""
+    adapters = {"numpy": NumpyAdapter}
+    if "numba_cuda" in BACKENDS:
+        from llsa_np.adapters.numba_arrays import NumbaAdapter
+
+        adapters["numba"] = NumbaAdapter
+    if frameworks.HAS_CUPY:
+        from llsa_np.adapters.cupy_arrays import CupyAdapter
+
+        adapters["cupy"] = CupyAdapter
+    plain = {adapter: adapter.empty for adapter in adapters.values()}
 
     def poisoned(self, *args, **kwargs):
-        array, view = plain(self, *args, **kwargs)
-        array.fill(2**30 if array.dtype == np.int32 else np.nan)
+        array, view = plain[type(self)](self, *args, **kwargs)
+        poison(array)
         return array, view
 
-    NumpyAdapter.empty = poisoned
+    for adapter in plain:
+        adapter.empty = poisoned
     yield
-    NumpyAdapter.empty = plain
+    for adapter, empty in plain.items():
+        adapter.empty = empty
 
 
 @pytest.hookimpl(hookwrapper=True)

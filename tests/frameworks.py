@@ -1,8 +1,17 @@
 """The array frameworks that the suite calls with: how to make their arrays of NumPy's, and back."""
 
+import ctypes
+import importlib.util
+
+import numpy as np
+from strategies import SIMULATED
+
+import llsa_np as llsa
+
 
 class NumPy:
     name = "numpy"
+    has_operations = True
 
     @staticmethod
     def array(x):
@@ -13,4 +22,54 @@ class NumPy:
         return x
 
 
-FRAMEWORKS = {"numpy": NumPy}
+class Numba:
+    """numba.cuda's device arrays; in the simulator with the memory order of the NumPy array."""
+
+    name = "numba"
+    has_operations = False
+
+    @staticmethod
+    def array(x):
+        from numba import cuda
+
+        if SIMULATED:
+            from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+
+            return FakeCUDAArray(x)
+        return cuda.to_device(np.ascontiguousarray(x))
+
+    @staticmethod
+    def to_numpy(x):
+        return x.copy_to_host()
+
+
+class CuPy:
+    """CuPy's arrays, with the memory order of the NumPy array."""
+
+    name = "cupy"
+    has_operations = True
+
+    @staticmethod
+    def array(x):
+        import cupy
+
+        if x.size == 0:
+            return cupy.empty(x.shape, x.dtype)
+        low, high = np.lib.array_utils.byte_bounds(x)
+        memory = cupy.asarray(np.frombuffer((ctypes.c_char * (high - low)).from_address(low), np.uint8))
+        first = x.__array_interface__["data"][0] - low
+        return cupy.ndarray(x.shape, x.dtype, memptr=memory.data + first, strides=x.strides)
+
+    @staticmethod
+    def to_numpy(x):
+        import cupy
+
+        return cupy.asnumpy(x)
+
+
+HAS_CUPY = not SIMULATED and not llsa.backends()["numba_cuda"] and importlib.util.find_spec("cupy") is not None
+OF_BACKEND = {
+    "numpy": [NumPy],
+    "numba_cuda": [Numba] if SIMULATED else [NumPy, Numba, *([CuPy] if HAS_CUPY else [])],
+}
+"""The frameworks whose arrays each backend is called with."""

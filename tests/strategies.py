@@ -4,6 +4,7 @@ Nothing is multiplied out: hypothesis draws every coordinate, so one property se
 cases alike. A Case prints as the Python that makes it again.
 """
 
+import os
 from dataclasses import dataclass, replace
 
 import ml_dtypes
@@ -19,11 +20,26 @@ DATA = ("normal", "tied", "constant", "one_popular_key", "smooth")
 
 @dataclass(frozen=True)
 class Limits:
-    """How large a case may get: a backend that runs in a simulator draws small ones."""
+    """How large a case may get."""
 
     tokens: int = 300
     dim: int = 40
     heads: int = 4
+    block_size: int = 20
+    topk: int = 9
+    levels: int = 5
+    examples: int = 10**6
+
+
+SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
+"""Whether this process runs the Numba kernels in Numba's simulator, a thousand times slower than anything else."""
+
+LIMITS = Limits(tokens=32, dim=8, heads=2, block_size=5, topk=6, levels=3, examples=8) if SIMULATED else Limits()
+
+
+def examples(number):
+    """How many cases a property draws."""
+    return min(number, LIMITS.examples)
 
 
 @dataclass(frozen=True)
@@ -123,14 +139,15 @@ class Case:
 
 
 @st.composite
-def cases(draw, limits=Limits(), dtypes=tuple(DTYPES), **fixed):
+def cases(draw, limits=LIMITS, dtypes=tuple(DTYPES), **fixed):
     """A Case. fixed: coordinates that a property does not let vary."""
-    block_size = draw(st.one_of(st.sampled_from([2, 3, 4, 16]), st.integers(2, 20)))
+    some_sizes = [size for size in (2, 3, 4, 16) if size <= limits.block_size]
+    block_size = draw(st.one_of(st.sampled_from(some_sizes), st.integers(2, limits.block_size)))
     key_tokens = draw(token_counts(block_size, limits))
     query_tokens = draw(st.one_of(st.just(key_tokens), token_counts(block_size, limits)))
-    levels = draw(st.one_of(st.none(), st.integers(1, 5)))
+    levels = draw(st.one_of(st.none(), st.integers(1, limits.levels)))
     depth = llsa.default_levels(key_tokens, block_size) if levels is None else levels
-    topk = draw(st.one_of(st.integers(1, 9), st.tuples(*[st.integers(1, 6)] * depth)))
+    topk = draw(st.one_of(st.integers(1, limits.topk), st.tuples(*[st.integers(1, 6)] * depth)))
     coarse = list(range(1, depth + 1))
     enrich = draw(st.one_of(st.none(), st.just(()), st.lists(st.sampled_from(coarse), unique=True).map(tuple)))
     kv_heads = draw(st.integers(1, 2))

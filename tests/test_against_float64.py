@@ -5,21 +5,21 @@ import numpy as np
 import pytest
 from calls import assert_same_bits, assert_within_bounds, reference, run, with_arrays
 from hypothesis import given, settings
-from strategies import DTYPES, Case, cases
+from strategies import DTYPES, SIMULATED, Case, cases, examples
 
 import llsa_np as llsa
 from llsa_np.accuracy import SMALLEST_FLOAT16, UNIT_ROUNDOFF, selection_is_right
 
 
 @given(case=cases())
-@settings(max_examples=800)
+@settings(max_examples=examples(800))
 def test_results_and_gradients(backend, framework, case):
     results = run(case, backend, framework)
     assert_within_bounds(case, results, reference(case, results.selection))
 
 
 @given(case=cases())
-@settings(max_examples=250)
+@settings(max_examples=examples(250))
 def test_selection(backend, framework, case):
     q, k, *_ = case.arrays()
     selection = llsa.select(framework.array(q), framework.array(k), backend=backend, **case.select_options)
@@ -29,7 +29,7 @@ def test_selection(backend, framework, case):
 
 
 @given(case=cases())
-@settings(max_examples=80)
+@settings(max_examples=examples(80))
 def test_attention_is_select_then_attend(backend, framework, case):
     q, k, v, *_ = (framework.array(x) for x in case.arrays())
     selection = llsa.select(q, k, backend=backend, **case.select_options)
@@ -40,7 +40,7 @@ def test_attention_is_select_then_attend(backend, framework, case):
 
 
 @given(case=cases())
-@settings(max_examples=80)
+@settings(max_examples=examples(80))
 def test_pool(backend, framework, case):
     _, k, *_ = case.arrays()
     levels = llsa.pool(
@@ -62,7 +62,7 @@ def test_pool(backend, framework, case):
 
 
 @given(case=cases(dtypes=("float32", "bfloat16")))
-@settings(max_examples=80)
+@settings(max_examples=examples(80))
 def test_memory_order_and_layout_change_nothing(backend, framework, case):
     """The same numbers in any memory order and in both layouts give the same bits."""
     case = case.but(memory="contiguous") if case.memory == "expanded" else case
@@ -73,7 +73,7 @@ def test_memory_order_and_layout_change_nothing(backend, framework, case):
 
 
 @given(case=cases())
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_only_what_is_needed(backend, framework, case):
     """Each gradient alone has the bits that it has among the others."""
     q, k, v, dout, dlse = (framework.array(x) for x in case.arrays())
@@ -90,7 +90,7 @@ def test_only_what_is_needed(backend, framework, case):
 
 
 @given(case=cases(dtypes=("float32", "float16")))
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_same_bits_every_time(backend, framework, case):
     first, second = run(case, backend, framework), run(case, backend, framework)
     for name in first.arrays:
@@ -112,6 +112,13 @@ LARGE = [
     ),
     Case(dtype="float64", key_tokens=2100, query_tokens=2100, dim=96, value_dim=96, block_size=16, levels=1, topk=120),
 ]
+
+
+if SIMULATED:
+    LARGE = [
+        Case(dtype="float32", key_tokens=70, query_tokens=33, dim=9, value_dim=7, block_size=16, topk=3, group=2),
+        Case(dtype="bfloat16", key_tokens=40, query_tokens=40, block_size=9, topk=6, data="one_popular_key"),
+    ]
 
 
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: f"{case.key_tokens}-{case.block_size}-{case.dtype}")

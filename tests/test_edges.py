@@ -10,7 +10,7 @@ from calls import assert_same_bits, run
 from frameworks import NumPy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import DTYPES, Case, cases
+from strategies import DTYPES, SIMULATED, Case, cases, examples
 
 import llsa_np as llsa
 from llsa_np.accuracy import LSE_BOUND, OUT_BOUND, error, lse_error
@@ -83,7 +83,8 @@ def test_topk_beyond_the_candidates(backend, framework):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_scores_go_to_the_lower_index(backend, framework, dtype):
     """All keys alike, whatever the numbers: the first ones win, at every length and dim."""
-    for tokens, dim in ((24, 3), (136, 7), (304, 33), (520, 64)):  # multiples of 2**3: exact means
+    sizes = ((24, 3), (136, 7), (304, 33), (520, 64))  # multiples of 2**3: exact means
+    for tokens, dim in sizes[:1] if SIMULATED else sizes:
         case = Case(dtype=dtype, key_tokens=tokens, query_tokens=17, dim=dim, block_size=2, levels=3, topk=5, seed=dim)
         q, k, v, dout, dlse = case.arrays()
         k = np.broadcast_to(k[:, :, :1], k.shape)
@@ -141,7 +142,7 @@ def test_order_of_scores(backend, framework, dtype):
     where=st.sampled_from(["q", "k", "v"]),
     place=st.floats(0, 0.999),
 )
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_not_finite_stays_where_arithmetic_puts_it(backend, framework, case, bad, where, place):
     case = case.but(memory="contiguous", layout="bhnd")
     arrays = dict(zip(("q", "k", "v", "dout", "dlse"), case.arrays()))
@@ -242,7 +243,7 @@ def test_unchecked_indices_out_of_range_count_as_absent(backend, framework, garb
 
 def test_slices_of_queries(backend, framework):
     """A slice that starts at a multiple of b**L and ends at one, or at M, gives the slice of the result."""
-    case = Case(dtype="float32", block_size=4, levels=2, query_tokens=45, key_tokens=200, dim=8)
+    case = Case(dtype="float32", block_size=4, levels=2, query_tokens=45, key_tokens=50 if SIMULATED else 200, dim=8)
     q, k, v, dout, dlse = case.arrays()
     whole = run(case, backend, framework, (q, k, v, dout, dlse))
     for first, last in ((0, 16), (16, 32), (32, 45), (16, 45)):

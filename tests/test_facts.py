@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 from calls import Results, assert_same_bits, assert_within_bounds, reference, run
 from hypothesis import assume, given, settings
-from strategies import DTYPES, cases
+from strategies import DTYPES, cases, examples
 
 import llsa_np as llsa
 from llsa_np.accuracy import GRADIENT_BOUND, OUT_BOUND, error, selection_is_right
@@ -30,7 +30,7 @@ def dense(case, arrays):
 
 
 @given(case=cases(**PLAIN, enrich=()))
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_1_keeping_everything_is_dense_attention(backend, framework, case):
     case = case.but(topk=case.key_tokens)
     arrays = case.arrays()
@@ -42,7 +42,7 @@ def test_1_keeping_everything_is_dense_attention(backend, framework, case):
 
 
 @given(case=cases(**PLAIN))
-@settings(max_examples=120)
+@settings(max_examples=examples(120))
 def test_2_constant_convex_and_linear_values(backend, framework, case):
     q, k, v, dout, dlse = case.arrays()
     results = run(case, backend, framework, (q, k, v, dout, dlse))
@@ -65,7 +65,7 @@ def test_2_constant_convex_and_linear_values(backend, framework, case):
 
 
 @given(case=cases(**PLAIN, data="normal"))
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_3_adding_a_vector_to_every_key(backend, framework, case):
     """Neither selection nor output changes, and lse by scale <q, x>. Keys and x are eighths, so that k + x is exact."""
     if case.dtype in ("float16", "bfloat16"):
@@ -96,7 +96,7 @@ def only(results, *names):
 
 
 @given(case=cases(**PLAIN, data="normal"))
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_4a_permuting_inside_a_finest_block(backend, framework, case):
     """Keys (with values): nothing changes. Queries: the output is permuted alike."""
     q, k, v, dout, dlse = case.arrays()
@@ -119,7 +119,7 @@ def test_4a_permuting_inside_a_finest_block(backend, framework, case):
 
 
 @given(case=cases(**PLAIN, data="normal", dtypes=("float64",)))
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_4b_permuting_coarsest_subtrees(backend, framework, case):
     """Indices are relabelled, dk and dv permuted, and nothing else changes."""
     span = case.block_size**case.depth
@@ -146,7 +146,7 @@ def test_4b_permuting_coarsest_subtrees(backend, framework, case):
 
 
 @given(case=cases(**PLAIN, dtypes=("float32", "bfloat16")))
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 def test_4c_batches_and_heads_do_not_mix(backend, framework, case):
     """Every head of every batch entry alone has the bits that it has among the others."""
     arrays = [case.to_bhnd(x) for x in case.arrays()]
@@ -164,7 +164,7 @@ def test_4c_batches_and_heads_do_not_mix(backend, framework, case):
 
 
 @given(case=cases(**PLAIN))
-@settings(max_examples=120)
+@settings(max_examples=examples(120))
 def test_5_sums_of_gradients(backend, framework, case):
     arrays = q, k, v, dout, _ = case.arrays()
     results = run(case, backend, framework, arrays, dlse=False)
@@ -184,7 +184,7 @@ def small(x, size, bound):
 
 
 @given(case=cases(**PLAIN, dtypes=("float64",)))
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_6_finite_differences(backend, framework, case):
     arrays = q, k, v, dout, dlse = case.arrays()
     results = run(case, backend, framework, arrays)
@@ -210,7 +210,7 @@ def test_6_finite_differences(backend, framework, case):
 
 
 @given(case=cases(**PLAIN))
-@settings(max_examples=120)
+@settings(max_examples=examples(120))
 def test_7_selected_scores_are_the_largest(backend, framework, case):
     q, k, *_ = case.arrays()
     results = run(case, backend, framework)
@@ -218,7 +218,7 @@ def test_7_selected_scores_are_the_largest(backend, framework, case):
 
 
 @given(case=cases(**PLAIN, data="normal", dtypes=("bfloat16", "float32", "float64")))
-@settings(max_examples=120)
+@settings(max_examples=examples(120))
 def test_8_scaling_by_a_power_of_two(backend, framework, case):
     q, k, v, dout, dlse = case.arrays()
     a = np.asarray(2.0 ** (case.seed % 7 - 3), DTYPES[case.dtype])

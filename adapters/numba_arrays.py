@@ -1,0 +1,44 @@
+"""Numba: device arrays of numba.cuda, and those that its simulator puts in their place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llsa_np.adapters import View
+from llsa_np.adapters.numpy_arrays import dtype_name
+from llsa_np.gpu.numba_cuda.cuda import cuda, device_index, swap_axes
+
+
+class NumbaAdapter:
+    """Arrays as numba.cuda.to_device and numba.cuda.device_array return them, on the default stream."""
+
+    name = "Numba"
+
+    def owns(self, array: Any) -> bool:
+        return bool(getattr(array, "__cuda_ndarray__", False))
+
+    def view(self, array: Any, layout: str = "bhnd") -> View:
+        data = swap_axes(array) if layout == "bnhd" and array.ndim == 4 else array
+        return View(tuple(array.shape), dtype_name(array.dtype), f"cuda:{device_index(array)}", data)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, like: View, layout: str = "bhnd") -> tuple[Any, View]:
+        if layout == "bnhd":
+            shape = (shape[0], shape[2], shape[1], *shape[3:])
+        array = cuda.device_array(shape, like.array.dtype if dtype is None else np.dtype(dtype))
+        return array, self.view(array, layout)
+
+    def stream(self, like: View) -> int:
+        return 0
+
+    def namespace(self, array: Any) -> Any:
+        raise TypeError("merge: Numba's device arrays have no array operations; use CuPy arrays, or copy to the host")
+
+    def to_numpy(self, array: Any) -> NDArray[Any]:
+        host: NDArray[Any] = array.copy_to_host()
+        return host
+
+
+adapter = NumbaAdapter()

@@ -1,0 +1,78 @@
+"""NumPy arrays on a GPU backend that was named: copied to the device and back, in this one place.
+
+`backend="auto"` never moves an array. A GPU backend named for NumPy arrays gets copies of them, and its results come
+back as NumPy arrays, so that a first try or a comparison needs no other framework. It costs two copies a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import numpy as np
+
+from llsa_np.adapters.numpy_arrays import adapter, dtype_name
+from llsa_np.backends import BackendName, backends
+from llsa_np.checks import FLOATS
+from llsa_np.selection import Selection
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+ON_A_DEVICE: tuple[BackendName, ...] = ("numba_cuda",)
+"""Backends that serve Numba's device arrays, as which the copies go in."""
+
+
+def copied_to_the_device(function: Function) -> Function:
+    """The function, with its NumPy arrays copied to the device and its results back if it is called with such arrays
+    alone and a GPU backend's name. Whatever else it is called with it judges itself."""
+
+    @wraps(function)
+    def call(*arrays: Any, **options: Any) -> Any:
+        backend = options.get("backend", "auto")
+        named = isinstance(backend, str) and backend in ON_A_DEVICE and not backends()[backend]
+        given = [*arrays, *(options[name] for name in ("q", "k", "v", "x", "dlse") if options.get(name) is not None)]
+        if not named or not all(map(is_host, given)):
+            return function(*arrays, **options)
+        copies = {name: to_device(value) for name, value in options.items()}
+        return to_host(function(*map(to_device, arrays), **copies))
+
+    return call  # type: ignore[return-value]
+
+
+def is_host(value: Any) -> bool:
+    """Whether this is a NumPy array of floats, or a Selection of NumPy arrays."""
+    if isinstance(value, Selection):
+        return isinstance(value[1], np.ndarray)
+    return isinstance(value, np.ndarray) and adapter.owns(value) and dtype_name(value.dtype) in FLOATS
+
+
+def to_device(value: Any) -> Any:
+    """A copy on the device of a NumPy array, or of a Selection's; anything else as it is."""
+    from llsa_np.gpu.numba_cuda.cuda import cuda
+
+    if isinstance(value, Selection):
+        return with_arrays(value, to_device)
+    return cuda.to_device(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
+
+
+def to_host(value: Any) -> Any:
+    """A result with every device array in it copied to the host."""
+    if value is None:
+        return None
+    if isinstance(value, tuple):
+        return tuple(map(to_host, value))
+    if isinstance(value, Selection):
+        return with_arrays(value, to_host)
+    return value.copy_to_host()
+
+
+def with_arrays(selection: Selection, convert: Callable[[Any], Any]) -> Selection:
+    """The same selection in other arrays; its values were checked, or left to their owner, before."""
+    return Selection(
+        [convert(level) for level in selection],
+        block_size=selection.block_size,
+        query_tokens=selection.query_tokens,
+        key_tokens=selection.key_tokens,
+        validate=False,
+    )
