@@ -94,6 +94,28 @@ def device_array(x: Any) -> Any:
     return cuda.from_cuda_array_interface(interface, owner=x, sync=False)
 
 
+def to_device(x: Any) -> Any:
+    """A copy of a NumPy array on the current device, in C order."""
+    x = np.ascontiguousarray(x)
+    if x.dtype.name != "bfloat16":
+        return cuda.to_device(x)
+    return with_dtype(cuda.to_device(x.view(np.uint16)), x.dtype)  # NumPy lends nobody the memory of a bfloat16 array
+
+
+def to_host(x: Any) -> Any:
+    """A copy of a Numba array as a NumPy array."""
+    if x.dtype.name != "bfloat16":
+        return x.copy_to_host()
+    return with_dtype(x, np.dtype(np.uint16)).copy_to_host().view(x.dtype)
+
+
+def with_dtype(x: Any, dtype: Any) -> Any:
+    """A Numba array's memory as elements of another type of the same size."""
+    if SIMULATED:
+        return x.view(dtype)
+    return cuda.devicearray.DeviceNDArray(x.shape, x.strides, dtype, stream=x.stream, gpu_data=x.gpu_data)
+
+
 def swap_axes(x: Any) -> Any:
     """A view of a Numba array with axes 1 and 2 swapped, which Numba's own `transpose` does for matrices alone."""
     if SIMULATED:
