@@ -72,8 +72,16 @@ def launch(kernel: Any, blocks: int, threads: int, stream: Any, *arguments: Any)
         with warnings.catch_warnings():  # NaN, infinity and overflow in the data are results, not warnings
             warnings.simplefilter("ignore", RuntimeWarning)
             kernel[blocks, threads](*arguments)
+    elif blocks < FEW_BLOCKS:
+        with warnings.catch_warnings():  # small calls are served too
+            warnings.filterwarnings("ignore", message="Grid size")
+            kernel[blocks, threads, stream](*arguments)
     else:
         kernel[blocks, threads, stream](*arguments)
+
+
+FEW_BLOCKS = 128
+"""Launches of fewer blocks make Numba warn that they do not fill a GPU."""
 
 
 # --- arrays and streams
