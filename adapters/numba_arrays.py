@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from llsa_np.adapters import View
 from llsa_np.adapters.numpy_arrays import dtype_name
-from llsa_np.gpu.numba_cuda.cuda import cuda, device_index, swap_axes
+from llsa_np.gpu.numba_cuda.cuda import cuda, device_index, swap_axes, to_host
 
 
 class NumbaAdapter:
@@ -37,7 +37,7 @@ class NumbaAdapter:
         raise TypeError("merge: Numba's device arrays have no array operations; use CuPy arrays, or copy to the host")
 
     def to_numpy(self, array: Any) -> NDArray[Any]:
-        host: NDArray[Any] = array.copy_to_host()
+        host: NDArray[Any] = to_host(array)
         return host
 
 

@@ -49,22 +49,24 @@ def is_host(value: Any) -> bool:
 
 def to_device(value: Any) -> Any:
     """A copy on the device of a NumPy array, or of a Selection's; anything else as it is."""
-    from llsa_np.gpu.numba_cuda.cuda import cuda
+    from llsa_np.gpu.numba_cuda import cuda
 
     if isinstance(value, Selection):
         return with_arrays(value, to_device)
-    return cuda.to_device(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
+    return cuda.to_device(value) if isinstance(value, np.ndarray) else value
 
 
 def to_host(value: Any) -> Any:
     """A result with every device array in it copied to the host."""
+    from llsa_np.gpu.numba_cuda import cuda
+
     if value is None:
         return None
     if isinstance(value, tuple):
         return tuple(map(to_host, value))
     if isinstance(value, Selection):
         return with_arrays(value, to_host)
-    return value.copy_to_host()
+    return cuda.to_host(value)
 
 
 def with_arrays(selection: Selection, convert: Callable[[Any], Any]) -> Selection:

@@ -63,10 +63,15 @@ def pytest_collection_modifyitems(config, items):
 def poison(array):
     """NaN everywhere, or indices that are out of range."""
     value = np.nan if array.dtype.kind in "fV" else 2**30  # ml_dtypes' bfloat16 is of kind V
-    if hasattr(array, "fill"):
+    if hasattr(array, "fill") and array.dtype.name == "bfloat16":
+        array.view(np.uint16).fill(0x7FC0)
+    elif hasattr(array, "fill"):
         array.fill(value)
-    else:
-        array.copy_to_device(np.full(array.shape, value, array.dtype))
+    else:  # bit for bit, as NumPy lends nobody the memory of a bfloat16 array
+        from llsa_np.gpu.numba_cuda.cuda import with_dtype
+
+        bits = np.dtype(f"u{array.dtype.itemsize}")
+        with_dtype(array, bits).copy_to_device(np.full(array.shape, value, array.dtype).view(bits))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -30,17 +30,19 @@ class Numba:
 
     @staticmethod
     def array(x):
-        from numba import cuda
+        from llsa_np.gpu.numba_cuda.cuda import to_device
 
         if SIMULATED:
             from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 
             return FakeCUDAArray(x)
-        return cuda.to_device(np.ascontiguousarray(x))
+        return to_device(x)
 
     @staticmethod
     def to_numpy(x):
-        return x.copy_to_host()
+        from llsa_np.gpu.numba_cuda.cuda import to_host
+
+        return to_host(x)
 
 
 class CuPy:

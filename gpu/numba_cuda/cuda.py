@@ -72,8 +72,16 @@ def launch(kernel: Any, blocks: int, threads: int, stream: Any, *arguments: Any)
         with warnings.catch_warnings():  # NaN, infinity and overflow in the data are results, not warnings
             warnings.simplefilter("ignore", RuntimeWarning)
             kernel[blocks, threads](*arguments)
+    elif blocks < FEW_BLOCKS:
+        with warnings.catch_warnings():  # small calls are served too
+            warnings.filterwarnings("ignore", message="Grid size")
+            kernel[blocks, threads, stream](*arguments)
     else:
         kernel[blocks, threads, stream](*arguments)
+
+
+FEW_BLOCKS = 128
+"""Launches of fewer blocks make Numba warn that they do not fill a GPU."""
 
 
 # --- arrays and streams
@@ -92,6 +100,28 @@ def device_array(x: Any) -> Any:
     if x.dtype.itemsize == 2:  # a kernel goes by its own signature; this only says how large an element is
         interface["typestr"] = "<u2"
     return cuda.from_cuda_array_interface(interface, owner=x, sync=False)
+
+
+def to_device(x: Any) -> Any:
+    """A copy of a NumPy array on the current device, in C order."""
+    x = np.ascontiguousarray(x)
+    if x.dtype.name != "bfloat16":
+        return cuda.to_device(x)
+    return with_dtype(cuda.to_device(x.view(np.uint16)), x.dtype)  # NumPy lends nobody the memory of a bfloat16 array
+
+
+def to_host(x: Any) -> Any:
+    """A copy of a Numba array as a NumPy array."""
+    if x.dtype.name != "bfloat16":
+        return x.copy_to_host()
+    return with_dtype(x, np.dtype(np.uint16)).copy_to_host().view(x.dtype)
+
+
+def with_dtype(x: Any, dtype: Any) -> Any:
+    """A Numba array's memory as elements of another type of the same size."""
+    if SIMULATED:
+        return x.view(dtype)
+    return cuda.devicearray.DeviceNDArray(x.shape, x.strides, dtype, stream=x.stream, gpu_data=x.gpu_data)
 
 
 def swap_axes(x: Any) -> Any:
