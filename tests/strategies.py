@@ -93,7 +93,7 @@ class Case:
         m, n = self.query_tokens, self.key_tokens
         q = self._draw(rng, self.heads, m, self.dim)
         k = self._draw(rng, self.kv_heads, n, self.dim)
-        v = self._draw(rng, self.kv_heads, n, self.value_dim)
+        v = self._draw(rng, self.kv_heads, n, self.value_dim, constant=False)
         if self.data == "one_popular_key":  # every query's best match lies in one block
             q = np.abs(q)
             k[:, :, n // 2] = 4
@@ -103,11 +103,12 @@ class Case:
         arrays = [np.ldexp(x, e).astype(DTYPES[self.dtype]) for x, e in zip((q, k, v, dout), self.exponents)]
         return (*(self._lay_out(x) for x in arrays), dlse)
 
-    def _draw(self, rng, heads, tokens, dim):
+    def _draw(self, rng, heads, tokens, dim, constant=True):
         shape = (self.batch, heads, tokens, dim)
         if self.data == "tied":
             return rng.integers(-1, 2, shape).astype(np.float64)
-        if self.data == "constant":
+        # Values stay random: where all weights and values are alike, every addition is rounded in the same direction.
+        if self.data == "constant" and constant:
             return np.broadcast_to(rng.standard_normal((*shape[:2], 1, dim)), shape).copy()
         if self.data == "smooth":
             return np.cumsum(rng.standard_normal(shape), axis=2) / np.sqrt(1 + np.arange(tokens))[:, None]

@@ -54,7 +54,9 @@ def test_2_constant_convex_and_linear_values(backend, framework, case):
     assert (out <= largest + slack).all(), "an output outside the hull of the values"
     assert (out >= smallest - slack).all(), "an output outside the hull of the values"
 
-    one = np.broadcast_to(case.to_bhnd(v)[:1, :1, :1], case.to_bhnd(v).shape)
+    # Powers of two, so that it is the weights' sum that is compared with itself.
+    one = np.exp2(np.round(np.log2(np.abs(case.to_bhnd(v)[:1, :1, :1].astype(np.float64)) + 2.0**-8))).astype(v.dtype)
+    one = np.broadcast_to(one, case.to_bhnd(v).shape)
     one = one.swapaxes(1, 2) if case.layout == "bnhd" else one
     constant = run(case, backend, framework, (q, k, one, dout, dlse), results.selection_of(framework))
     expected = np.broadcast_to(case.to_bhnd(one)[:1, :1, :1].astype(np.float64), constant["out"].shape)
