@@ -3,6 +3,7 @@
 #             in Numba's simulator
 # make lint   ruff and mypy
 # make bench  this machine's backends against dense attention (PyTorch's); figures in build/bench.json
+# make gpu-report  on a machine with a GPU: suite, compute-sanitizer and speed into docs/measurements/
 # make docs   the site, in docs/_build/html
 # Each creates .venv if needed and installs what it uses.
 
@@ -15,7 +16,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint tests
 DRIVER := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d. -f1)
 GPU := $(if $(DRIVER),$(shell test $(DRIVER) -ge 580 && echo ,cuda13 || echo ,cuda12))
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint bench docs gpu-report clean
 
 demo: $(VENV)/.explain
 	$(BIN)/llsa explain --out demo
@@ -26,6 +27,10 @@ test: $(VENV)/.test
 
 bench: $(VENV)/.bench
 	$(BIN)/llsa bench --out build/bench.json
+
+# PART=suite, sanitizer or speed runs one part and merges it into docs/measurements/<card>.json.
+gpu-report: $(VENV)/.test
+	$(BIN)/python tests/gpu_report.py $(if $(PART),--part $(PART))
 
 docs: $(VENV)/.test
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html

@@ -15,13 +15,21 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ET
 from importlib import metadata
 from pathlib import Path
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("suite", "sanitizer", "speed")
-SUITE = ("test_backends", "test_facts", "test_against_float64", "test_edges", "test_merge", "test_threads")
+SUITE = (
+    "test_backends",
+    "test_numba_kernels",
+    "test_facts",
+    "test_against_float64",
+    "test_edges",
+    "test_merge",
+    "test_threads",
+)
 TOOLS = ("memcheck", "racecheck", "initcheck")
 
 
@@ -78,9 +86,19 @@ def suite(_):
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "suite.xml"
         files = [str(ROOT / "tests" / f"{name}.py") for name in SUITE if (ROOT / "tests" / f"{name}.py").exists()]
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={xml}", *files]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-n",
+            str(min(12, os.cpu_count() or 1)),
+            "-p",
+            "no:cacheprovider",
+        ]
+        command += ["-p", "no:benchmark", f"--junitxml={xml}", *files]  # pytest-benchmark warns of xdist
         subprocess.run(command, cwd=ROOT, check=False)
-        totals = ET.parse(xml).getroot().find("testsuite").attrib
+        totals = ElementTree.parse(xml).getroot().find("testsuite").attrib
     counts = {name: int(totals[name]) for name in ("tests", "failures", "errors", "skipped")}
     failed = counts["failures"] + counts["errors"]
     return {
@@ -183,30 +201,29 @@ def event_ms(cp, call, budget_ms=1500.0):
 
 def dense_peers(batch, heads, tokens, dim):
     """FlashAttention-2 and cuDNN attention through PyTorch, forward and backward; none where they would take minutes."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention as sdpa
+    from torch.nn.attention import SDPBackend
 
     if tokens > 300_000:
         return {}
-    peers = {}
-    for name, kernel in (
-        ("flash_attention_2", SDPBackend.FLASH_ATTENTION),
-        ("cudnn", SDPBackend.CUDNN_ATTENTION),
-    ):
-        q, k, v = (
-            torch.randn(batch, heads, tokens, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-            for _ in range(3)
-        )
-        with sdpa_kernel(kernel):
-            forward = torch_ms(torch, lambda: sdpa(q.detach(), k.detach(), v.detach()))
-            out = sdpa(q, k, v)
-            dout = torch.randn_like(out)
-            backward = torch_ms(torch, lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True))
-        peers[name] = {"forward_ms": round(forward, 4), "backward_ms": round(backward, 4)}
-        del q, k, v, out, dout
+    kernels = {"flash_attention_2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    return {name: dense_peer(kernel, (batch, heads, tokens, dim)) for name, kernel in kernels.items()}
+
+
+def dense_peer(kernel, shape):
+    """Forward and backward milliseconds of one of PyTorch's kernels."""
+    import torch
+    from torch.nn.attention import sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    with sdpa_kernel(kernel):
+        forward = torch_ms(torch, lambda: sdpa(q.detach(), k.detach(), v.detach()))
+        out = sdpa(q, k, v)
+        dout = torch.randn_like(out)
+        backward = torch_ms(torch, lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True))
+    del out
     torch.cuda.empty_cache()
-    return peers
+    return {"forward_ms": round(forward, 4), "backward_ms": round(backward, 4)}
 
 
 def torch_ms(torch, call, budget_ms=1500.0):

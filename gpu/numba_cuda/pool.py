@@ -22,6 +22,7 @@ from llsa_np.hierarchy import Hierarchy
 Spaces = list[tuple[tuple[int, ...], str]]
 
 THREADS = 4 if SIMULATED else 128
+RUN = 64
 
 
 @cache
@@ -46,9 +47,14 @@ def pool_kernel(dtype: str, child_dtype: str) -> Any:
             i_batch = i // D // LENGTH // HEADS
 
             total = acc(0)
+            part = acc(0)  # of RUN children: many added one after another would add up the rounding of each
             o_child = i_token * B
             for i_child in range(o_child, min(o_child + B, children.shape[2])):
-                total += load(children[i_batch, i_head, i_child, d])
+                part += load(children[i_batch, i_head, i_child, d])
+                if (i_child - o_child) % RUN == RUN - 1:
+                    total += part
+                    part = acc(0)
+            total += part
             if KEEPS_SUMS:
                 sums[i_batch, i_head, i_token, d] = total
             count = acc(LAST_COUNT) if i_token == LENGTH - 1 else acc(COUNT)
