@@ -1,8 +1,8 @@
 """`make gpu-report`: what a GPU says of this code, into docs/measurements/<card>.json.
 
-Parts: the suite on this GPU; compute-sanitizer's memcheck, racecheck and initcheck over a small set of calls; speed, beside
-dense attention through PyTorch in the same process. A part that is run alone is merged into the file if the kernels have
-not changed since; else the file begins anew.
+Parts: the suite on this GPU; compute-sanitizer's memcheck, racecheck and initcheck over a small set of calls; speed,
+beside dense attention through PyTorch in the same process. A part that is run alone is merged into the file if the
+kernels have not changed since; else the file begins anew.
 """
 
 import argparse
@@ -200,7 +200,7 @@ def event_ms(cp, call, budget_ms=1500.0):
 
 
 def dense_peers(batch, heads, tokens, dim):
-    """FlashAttention-2 and cuDNN attention through PyTorch, forward and backward; none where they would take minutes."""
+    """FlashAttention-2 and cuDNN attention through PyTorch, both ways; none where they would take minutes."""
     from torch.nn.attention import SDPBackend
 
     if tokens > 300_000:
@@ -221,7 +221,6 @@ def dense_peer(kernel, shape):
         out = sdpa(q, k, v)
         dout = torch.randn_like(out)
         backward = torch_ms(torch, lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True))
-    del out
     torch.cuda.empty_cache()
     return {"forward_ms": round(forward, 4), "backward_ms": round(backward, 4)}
 

@@ -104,7 +104,7 @@ def device_array(x: Any) -> Any:
 
 def to_device(x: Any) -> Any:
     """A copy of a NumPy array on the current device, in C order."""
-    x = np.ascontiguousarray(x)
+    x = x.copy(order="C")  # Numba trusts strides even of axes of size 1, where a contiguous array's may be anything
     if x.dtype.name != "bfloat16":
         return cuda.to_device(x)
     return with_dtype(cuda.to_device(x.view(np.uint16)), x.dtype)  # NumPy lends nobody the memory of a bfloat16 array
