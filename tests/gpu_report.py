@@ -110,7 +110,7 @@ def suite(_):
 
 
 def sanitizer(_):
-    """Errors that each tool of compute-sanitizer reports over gpu_small_set.py, or how it ended if it did not finish."""
+    """Errors that each tool of compute-sanitizer reports over gpu_small_set.py, or its exit status."""
     found = {}
     for tool in TOOLS:
         command = ["compute-sanitizer", "--tool", tool, sys.executable, str(ROOT / "tests" / "gpu_small_set.py")]
