@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from calls import assert_same_bits, run
-from strategies import Case
+from strategies import SIMULATED, Case
 from threadpoolctl import threadpool_info
 
 from llsa_np.threads import run as run_tasks
@@ -18,6 +18,7 @@ def blas_threads():
     return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
 
 
+@pytest.mark.skipif(SIMULATED, reason="Numba's simulator runs one launch at a time, slowly")
 def test_calls_from_many_threads_at_once(backend, framework):
     before = blas_threads()
     expected = run(CASE, backend, framework)
