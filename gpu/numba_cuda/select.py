@@ -17,7 +17,7 @@ from llsa_np.gpu.numba_cuda.select_serial import select_serial_kernel
 from llsa_np.gpu.numba_cuda.tiles import Shape, shape_for, tiling
 from llsa_np.hierarchy import Hierarchy
 
-SERIAL_MOST = 2 if SIMULATED else 16
+SERIAL_MOST = 2 if SIMULATED else 4
 """The largest K for which one thread with a list is faster than all threads sorting."""
 
 
