@@ -1,4 +1,4 @@
-"""CuPy: arrays on the current device, new ones from CuPy's memory pool, work on CuPy's current stream."""
+"""CuPy: arrays on any device, new ones beside them from CuPy's memory pool, work on CuPy's current stream."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from llsa_np.adapters import View
 from llsa_np.adapters.numpy_arrays import dtype_name
-from llsa_np.gpu.numba_cuda.cuda import cuda, device_index, swap_axes, to_host
+from llsa_np.gpu.numba_cuda.cuda import cuda, device_index, on_device, swap_axes, to_host
 
 
 class NumbaAdapter:
@@ -18,7 +18,8 @@ class NumbaAdapter:
     name = "Numba"
 
     def owns(self, array: Any) -> bool:
-        return bool(getattr(array, "__cuda_ndarray__", False))
+        # In another byte order its numbers are not what a kernel reads.
+        return bool(getattr(array, "__cuda_ndarray__", False)) and array.dtype.isnative
 
     def view(self, array: Any, layout: str = "bhnd") -> View:
         data = swap_axes(array) if layout == "bnhd" and array.ndim == 4 else array
@@ -27,14 +28,15 @@ class NumbaAdapter:
     def empty(self, shape: tuple[int, ...], dtype: Any, like: View, layout: str = "bhnd") -> tuple[Any, View]:
         if layout == "bnhd":
             shape = (shape[0], shape[2], shape[1], *shape[3:])
-        array = cuda.device_array(shape, like.array.dtype if dtype is None else np.dtype(dtype))
+        with on_device(like.device):
+            array = cuda.device_array(shape, like.array.dtype if dtype is None else np.dtype(dtype))
         return array, self.view(array, layout)
 
     def stream(self, like: View) -> int:
         return 0
 
     def namespace(self, array: Any) -> Any:
-        raise TypeError("merge: Numba's device arrays have no array operations; use CuPy arrays, or copy to the host")
+        return None
 
     def to_numpy(self, array: Any) -> NDArray[Any]:
         host: NDArray[Any] = to_host(array)

@@ -143,7 +143,9 @@ def choose(name: str, device: str, case: Case) -> Backend:
     if not here:
         able = [other for other in named if not _reasons(other)]
         served = ", ".join(f"{other} serves {DEVICES[other]}" for other in able)
-        raise ValueError(f"{who}: the arrays are on {device}, and of the backends that may run here {served}")
+        missing = [f"{other}: {'; '.join(_reasons(other))}" for other in named if DEVICES[other] == kind]
+        told = f". What is missing: {'. '.join(missing)}" if missing else ""
+        raise ValueError(f"{who}: the arrays are on {device}, and of the backends that may run here {served}{told}")
     refusals: list[str] = []
     for backend in here:
         reasons = backend.refusals(case)
@@ -204,8 +206,11 @@ def _installed(module: str) -> bool:
 def _cuda_devices() -> int:
     """How many devices the NVIDIA driver shows; 0 without a driver.
 
-    NVML is asked, which leaves CUDA itself untouched: a process that forks later could not use it in the child.
+    NVML is asked, which leaves CUDA itself untouched: a process that forks later could not use it in the child. It
+    does not know of CUDA_VISIBLE_DEVICES, whose first entry may hide all.
     """
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip() in ("", "-1"):
+        return 0
     count = ctypes.c_uint(0)
     for library in ("libnvidia-ml.so.1", "nvml.dll"):
         try:

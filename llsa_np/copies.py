@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +20,9 @@ from llsa_np.selection import Selection
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+ARRAYS = ("x", "q", "k", "v", "dout", "out", "lse", "selection", "dlse")
+"""The arguments that lie on a device or on the host; the others are options."""
+
 ON_A_DEVICE: tuple[BackendName, ...] = ("numba_cuda",)
 """Backends that serve Numba's device arrays, as which the copies go in."""
 
@@ -27,15 +31,17 @@ def copied_to_the_device(function: Function) -> Function:
     """The function, with its NumPy arrays copied to the device and its results back if it is called with such arrays
     alone and a GPU backend's name. Whatever else it is called with it judges itself."""
 
+    names = [name for name in signature(function).parameters if name in ARRAYS]
+
     @wraps(function)
     def call(*arrays: Any, **options: Any) -> Any:
         backend = options.get("backend", "auto")
         named = isinstance(backend, str) and backend in ON_A_DEVICE and not backends()[backend]
-        given = [*arrays, *(options[name] for name in ("q", "k", "v", "x", "dlse") if options.get(name) is not None)]
-        if not named or not all(map(is_host, given)):
+        given = dict(zip(names, arrays)) | {name: options[name] for name in ARRAYS if options.get(name) is not None}
+        if not named or not all(map(is_host, given.values())):
             return function(*arrays, **options)
-        copies = {name: to_device(value) for name, value in options.items()}
-        return to_host(function(*map(to_device, arrays), **copies))
+        copies = {name: to_device(value) for name, value in given.items() if name in options}
+        return to_host(function(*map(to_device, arrays), **options | copies))
 
     return call  # type: ignore[return-value]
 

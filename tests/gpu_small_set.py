@@ -11,16 +11,62 @@ CASES = [
     Case(dtype="bfloat16", key_tokens=130, query_tokens=130, dim=64, value_dim=64, block_size=16, topk=3, kv_heads=2),
     Case(dtype="float16", key_tokens=50, query_tokens=33, block_size=3, topk=9, data="one_popular_key", layout="bnhd"),
     Case(dtype="float64", key_tokens=40, query_tokens=40, block_size=2, levels=4, memory="sliced", data="tied"),
+    # More dims than a tile has, both of q and of v; K by sorting on one level and by counting bits on the other
+    Case(
+        dtype="bfloat16", key_tokens=300, query_tokens=90, dim=72, value_dim=130, block_size=4, levels=2, topk=(40, 70)
+    ),
+    # Many queries on few keys: lists that are split into pieces, the coarsest level's among them
+    Case(
+        dtype="float32",
+        key_tokens=64,
+        query_tokens=900,
+        dim=8,
+        value_dim=8,
+        group=2,
+        levels=1,
+        topk=1,
+        data="one_popular_key",
+    ),
 ]
 
 
+def numba_kernels():
+    """Names of the Numba kernels that calls may launch."""
+    if llsa.backends()["numba_cuda"]:
+        return set()
+    from llsa_np.gpu.numba_cuda import attend, attend_backward, pool, select
+
+    lists = (pool.pool_kernels, select.select_kernels, attend.attend_kernels, attend_backward.backward_kernels)
+    return {kernel.py_func.__name__ for kernels in lists for kernel in kernels("float32", 16)}
+
+
+def count_launches():
+    """The names of all that is launched from here on, as a set that grows."""
+    launched = set()
+    if not llsa.backends()["numba_cuda"]:
+        from llsa_np.gpu.numba_cuda import attend, attend_backward, cuda, pool, select, transpose
+
+        def launch(kernel, blocks, *arguments):
+            if blocks:
+                launched.add(kernel.py_func.__name__)
+            cuda.launch(kernel, blocks, *arguments)
+
+        for module in (pool, select, attend, attend_backward, transpose):
+            module.launch = launch
+    return launched
+
+
 def main():
+    launched = count_launches()
     backends = [name for name, reasons in llsa.backends().items() if not reasons and name != "numpy"]
     for backend in backends:
         for framework in frameworks.OF_BACKEND[backend]:
             for case in CASES:
                 results = run(case, backend, framework)
                 assert_within_bounds(case, results, reference(case, results.selection))
+    missed = numba_kernels() - launched
+    if missed:
+        raise ValueError(f"gpu_small_set: no case launches {sorted(missed)}")
     print(f"{len(CASES)} cases on {', '.join(backends)}")
 
 

@@ -2,7 +2,8 @@
 
 The softmax runs along one list of (level, candidates). Here every level of that list is one launch, coarsest first, of
 one kernel: what a query has seen so far (the largest logit, the sum of exponentials, the weighted sum of values) waits
-between launches in memory, which costs two passes over an array like out and keeps the kernel free of levels.
+between launches in memory, in float32: it is written and read once for each level but one, and keeps the kernel free of
+levels.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import math
 from functools import cache
 from typing import Any
+
+import numpy as np
 
 from llsa_np.gpu.numba_cuda.cuda import (
     ELEMENT,
@@ -274,15 +277,18 @@ def family(level: int, hierarchy: Hierarchy, selected: list[Any]) -> tuple[int, 
     if level == hierarchy.levels:
         return 2**62, 0, length, length, 1
     parents = hierarchy.lengths[level + 1]
-    columns = min(selected[level].shape[3], parents)  # a row has no more entries than there are parents
-    return hierarchy.stride(level + 1), columns, min(hierarchy.block_size, length), hierarchy.block_size, parents
+    return (
+        hierarchy.stride(level + 1),
+        selected[level].shape[3],
+        min(hierarchy.block_size, length),
+        hierarchy.block_size,
+        parents,
+    )
 
 
 def scalars(level: int, hierarchy: Hierarchy, options: AttendOptions, dtype: str) -> tuple[Any, Any, Any]:
     """The scale of the logits, and the log of the count of a token and of the level's last token, as numbers of the
     accumulation type."""
-    import numpy as np
-
     acc = np.float64 if dtype == "float64" else np.float32
     full = last = 1
     if options.reweight and level > 0:

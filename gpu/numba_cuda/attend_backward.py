@@ -43,16 +43,18 @@ from llsa_np.options import AttendOptions
 Spaces = list[tuple[tuple[int, ...], str]]
 
 THREADS = 4 if SIMULATED else 128
-SPLIT = 8 if SIMULATED else 512
-"""Queries of one piece of work on the key side: a key block that every query selected becomes many pieces, whose sums
-are added in order. Fixed, so that the order of a sum depends on nothing but shapes and the selection."""
+LEAST_SPLIT = 8 if SIMULATED else 512
+"""Queries of one piece of work on the key side, at least: a key block that every query selected becomes many pieces,
+whose sums are added in order. Where to split depends on shapes alone, so that the order of a sum depends on nothing
+but shapes and the selection."""
 DENSE_PIECES = 512
 """About how many pieces the coarsest level's keys make for one head, which every query attends to."""
 
 
 @cache
 def delta_kernel(dtype: str) -> Any:
-    """delta_t = <dO_t, out_t> - dlse_t (spec.md, Gradients). A thread takes one query."""
+    """<dO_t, out_t> - dlse_t: delta_t of spec.md (Gradients) with dlse_t taken in, since dS needs their difference. A
+    thread takes one query."""
     acc, load = ELEMENT[accumulator(dtype)], loader(dtype)
     floats, sums = array(dtype), array(accumulator(dtype), 3)
 
@@ -484,18 +486,18 @@ def lists_of(level: int, hierarchy: Hierarchy, queries: Hierarchy, topk: tuple[i
     parents = hierarchy.lengths[level + 1]
     return lists(
         rows=group * queries.lengths[level + 1],
-        columns=min(topk[level], parents),
+        columns=topk[level],
         parents=parents,
         children=min(hierarchy.block_size, hierarchy.lengths[level]),
         run=min(hierarchy.stride(level + 1), queries.tokens),
-        split=SPLIT,
+        least_split=LEAST_SPLIT,
     )
 
 
 def dense_pieces(hierarchy: Hierarchy, queries: int, group: int, BT: int) -> tuple[int, int, int]:
     """(parents, pieces, split) on the coarsest level: runs of BT keys, pieces of all queries, queries of a piece."""
     parents = -(-hierarchy.lengths[-1] // BT)
-    pieces = max(1, min(-(-group * queries // SPLIT), DENSE_PIECES // parents))
+    pieces = max(1, min(-(-group * queries // LEAST_SPLIT), DENSE_PIECES // parents))
     split = -(-group * queries // pieces)
     return parents, -(-group * queries // split), split
 
@@ -605,11 +607,21 @@ def attend_backward(
             parents, pieces, split = dense_pieces(hierarchy, queries, group, shape.BT)
             children = stride = shape.BT
             items = parents * pieces
-            of = Lists(1, 1, parents, 1, 1, children, 1, items)
+            of = Lists(
+                ROWS=1,
+                COLUMNS=1,
+                PARENTS=parents,
+                RANGES=1,
+                ROWS_PER_RANGE=1,
+                CHILDREN=children,
+                RUN=1,
+                SPLIT=split,
+                ITEMS=items,
+            )
         else:
             of = lists_of(level, hierarchy, query_hierarchy, topk, group)
-            stride, split = hierarchy.block_size, SPLIT
-            transpose(selected[level], of, split, kv_heads, lists_room, stream)
+            stride = hierarchy.block_size
+            transpose(selected[level], of, kv_heads, lists_room, stream)
         family_sizes = (int(is_coarsest), of.PARENTS, of.CHILDREN, stride)
         extra = of.ITEMS - of.PARENTS
         span = 1 if is_coarsest else hierarchy.stride(level + 1)
@@ -621,7 +633,7 @@ def attend_backward(
             stream,
             *(dout, q, k_levels[level], v_levels[level], lse, delta, *lists_room),
             *(k_sums[level], v_sums[level], k_parts, v_parts),
-            *(*family_sizes, of.RANGES, of.ROWS, of.COLUMNS, length, span, of.RUN, split, of.ITEMS, extra),
+            *(*family_sizes, of.RANGES, of.ROWS, of.COLUMNS, length, span, of.RUN, of.SPLIT, of.ITEMS, extra),
             *(chunks, int(dk is not None), int(dv is not None)),
             *scalars(level, hierarchy, options, dtype),
         )

@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -68,20 +69,31 @@ def launch(kernel: Any, blocks: int, threads: int, stream: Any, *arguments: Any)
     """Enqueue a kernel on a stream, as a row of blocks; nothing if there are none."""
     if blocks == 0:
         return
+    if blocks > MOST_BLOCKS:
+        raise ValueError(
+            f"numba_cuda: this call needs {blocks:,} thread blocks in one launch; CUDA allows {MOST_BLOCKS:,}. "
+            "Call it with fewer batch entries at a time"
+        )
     if SIMULATED:
         with warnings.catch_warnings():  # NaN, infinity and overflow in the data are results, not warnings
             warnings.simplefilter("ignore", RuntimeWarning)
             kernel[blocks, threads](*arguments)
-    elif blocks < FEW_BLOCKS:
-        with warnings.catch_warnings():  # small calls are served too
-            warnings.filterwarnings("ignore", message="Grid size")
-            kernel[blocks, threads, stream](*arguments)
     else:
-        kernel[blocks, threads, stream](*arguments)
+        launch_of(kernel, blocks, threads, stream)(*arguments)
 
 
-FEW_BLOCKS = 128
-"""Launches of fewer blocks make Numba warn that they do not fill a GPU."""
+MOST_BLOCKS = 2**31 - 1
+_configuring = Lock()
+
+
+def launch_of(kernel: Any, blocks: int, threads: int, stream: Any) -> Any:
+    """A kernel with its grid. Numba would warn here of a grid that does not fill the GPU: small calls are served too."""
+    with _configuring:
+        warns, config.CUDA_LOW_OCCUPANCY_WARNINGS = config.CUDA_LOW_OCCUPANCY_WARNINGS, 0
+        try:
+            return kernel[blocks, threads, stream]
+        finally:
+            config.CUDA_LOW_OCCUPANCY_WARNINGS = warns
 
 
 # --- arrays and streams
@@ -104,7 +116,9 @@ def device_array(x: Any) -> Any:
 
 def to_device(x: Any) -> Any:
     """A copy of a NumPy array on the current device, in C order."""
-    x = x.copy(order="C")  # Numba trusts strides even of axes of size 1, where a contiguous array's may be anything
+    # In this machine's byte order, the only one that a kernel knows; and copied, as Numba trusts strides even of axes of
+    # size 1, where those of a contiguous array may be anything.
+    x = x.astype(x.dtype.newbyteorder("="), order="C", copy=True)
     if x.dtype.name != "bfloat16":
         return cuda.to_device(x)
     return with_dtype(cuda.to_device(x.view(np.uint16)), x.dtype)  # NumPy lends nobody the memory of a bfloat16 array
@@ -134,7 +148,11 @@ def swap_axes(x: Any) -> Any:
 
 def device_index(x: Any) -> int:
     """The number of the device on which a Numba array lies."""
-    return 0 if SIMULATED or x.gpu_data is None or x.size == 0 else int(x.gpu_data.context.device.id)
+    if SIMULATED:
+        return 0
+    # An array without elements has no memory that would tell: it lies wherever one works.
+    nowhere = x.gpu_data is None or x.size == 0
+    return int(cuda.get_current_device().id if nowhere else x.gpu_data.context.device.id)
 
 
 def stream_at(address: int) -> Any:

@@ -69,6 +69,7 @@ def select(
         q, k, rows = q_levels[level - 1], k_levels[level - 1], selected[level - 1]
         batch, heads, queries, topk = rows.shape
         _, COLUMNS, *relations = family(level, hierarchy, selected)
+        COLUMNS = min(COLUMNS, relations[-1])  # what `select` kept stands first: no row has more entries than parents
         arrays = (q, k, rows_above(level, selected), rows)
         B = hierarchy.block_size
         form = form_of(topk, shape)

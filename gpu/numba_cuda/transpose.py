@@ -19,6 +19,8 @@ from llsa_np.gpu.numba_cuda.cuda import ELEMENT, SIMULATED, array, cuda, kernel,
 THREADS = 4 if SIMULATED else 128
 SCAN_THREADS = 4 if SIMULATED else 512
 MOST_RANGES = 64
+MOST_SPARE = 2**13
+"""Where there are few parents, so many sums of single keys may be split off: 4 MiB at D = Dv = 64."""
 
 
 class Lists(NamedTuple):
@@ -34,6 +36,8 @@ class Lists(NamedTuple):
     CHILDREN: int
     RUN: int
     """Queries of a row, at most."""
+    SPLIT: int
+    """Queries of one piece of work."""
     ITEMS: int
     """Pieces of work, at most: one for each parent, and one for every SPLIT queries beyond."""
 
@@ -46,12 +50,15 @@ class Lists(NamedTuple):
         return self.ROWS * self.COLUMNS
 
 
-def lists(rows: int, columns: int, parents: int, children: int, run: int, split: int) -> Lists:
-    """The sizes, from shapes alone."""
+def lists(rows: int, columns: int, parents: int, children: int, run: int, least_split: int) -> Lists:
+    """The sizes, from shapes alone. The pieces' sums take memory: so a piece has `least_split` queries or more, and a
+    level no more pieces beyond one for each parent than there are parents, or than make MOST_SPARE sums of keys."""
     ranges = max(1, min(MOST_RANGES, rows, rows * columns // parents))
     rows_per_range = -(-rows // ranges)
+    spare = max(parents, MOST_SPARE // children)
+    split = max(least_split, -(-rows * columns * run // spare))
     items = parents + rows * columns * run // split
-    return Lists(rows, columns, parents, ranges, rows_per_range, children, run, items)
+    return Lists(rows, columns, parents, ranges, rows_per_range, children, run, split, items)
 
 
 @cache
@@ -203,7 +210,7 @@ def transpose_kernels() -> list[Any]:
     return [clear_kernel(), count_kernel(), scan_kernel(), item_kernel(), place_kernel()]
 
 
-def transpose(selected: Any, of: Lists, split: int, kv_heads: int, room: Any, stream: Any) -> None:
+def transpose(selected: Any, of: Lists, kv_heads: int, room: Any, stream: Any) -> None:
     """Fills room = (starts, rows, items), int64 (n,) for all lists: `starts` with the end of every (parent, range),
     `rows` with the row numbers of S_{l+1}, counted over a kv head's query heads, and `items` with the number of the
     first piece of work of every parent."""
@@ -221,7 +228,7 @@ def transpose(selected: Any, of: Lists, split: int, kv_heads: int, room: Any, st
     launch(scan_kernel(), number, SCAN_THREADS, stream, starts, of.COUNTS)
     launch_for(clear_kernel(), number * (of.PARENTS + 1), items, number * (of.PARENTS + 1))
     launch_for(
-        item_kernel(), number * of.PARENTS, starts, items, of.PARENTS, of.RANGES, of.RUN, split, number * of.PARENTS
+        item_kernel(), number * of.PARENTS, starts, items, of.PARENTS, of.RANGES, of.RUN, of.SPLIT, number * of.PARENTS
     )
     launch(scan_kernel(), number, SCAN_THREADS, stream, items, of.PARENTS + 1)
     launch(place_kernel(), number * of.RANGES, THREADS, stream, selected, starts, rows, *sizes)
