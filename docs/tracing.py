@@ -106,7 +106,7 @@ class Launch:
 
 
 def short(array, indices):
-    """'x[0, 2..3]' for accesses to x[0, 2] and x[0, 3]: one text where they are a grid, else one for each first axis."""
+    """'x[0, 2..3]' for accesses to x[0, 2] and x[0, 3]: one text if they are a grid, else one per number of an axis."""
     unique = sorted(set(indices))
     axes = [sorted(set(axis)) for axis in zip(*unique)]
     if len(unique) == np.prod([len(axis) for axis in axes]):
