@@ -1,8 +1,8 @@
 """`make gpu-report`: what a GPU says of this code, into docs/measurements/<card>.json.
 
 Parts: the suite on this GPU; compute-sanitizer's memcheck, racecheck and initcheck over a small set of calls; speed,
-beside dense attention through PyTorch in the same process. A part that is run alone is merged into the file if the
-kernels have not changed since; else the file begins anew.
+beside dense attention through PyTorch in the same process; and steps, the forms of one step beside each other. A part
+that is run alone is merged into the file if the kernels have not changed since; else the file begins anew.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("suite", "sanitizer", "speed")
+PARTS = ("suite", "sanitizer", "speed", "steps")
 SUITE = (
     "test_backends",
     "test_numba_kernels",
@@ -46,7 +46,7 @@ def main():
         report = {"sources": sources()}
     report |= {"card": card, "driver": driver, "python": platform.python_version(), "versions": versions()}
     for part in PARTS if args.part == "all" else (args.part,):
-        report[part] = {"suite": suite, "sanitizer": sanitizer, "speed": speed}[part](args)
+        report[part] = {"suite": suite, "sanitizer": sanitizer, "speed": speed, "steps": steps}[part](args)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
         print(f"{part}: written to {path}", flush=True)
@@ -182,6 +182,57 @@ def row(cp, llsa, backend, arrays, levels):
         "backward_ms": round(backward, 4),
         "peak_extra_mib": round(peak / 2**20, 1),
     }
+
+
+def steps(_):
+    """Milliseconds of each form of a step that the Numba kernels tell in more than one, on the same arrays: all else
+    that the call does (pooling, before selection) is in it as well, and is told as its own form."""
+    import cupy as cp
+
+    import llsa_np as llsa
+    from llsa_np.gpu.numba_cuda import attend, attend_two_passes, backend, select
+
+    batch, heads, tokens, dim, levels = 2, 4, 65536, 64, 2
+    q, k, v = [random_bfloat16(cp, (batch, heads, tokens, dim), seed) for seed in range(3)]
+    shape = {"backend": "numba_cuda", "dtype": "bfloat16", "batch": batch, "heads": heads, "tokens": tokens}
+    shape |= {"dim": dim, "block_size": 16, "levels": levels}
+    rows = []
+
+    def add(step, form, topk, call):
+        rows.append(shape | {"step": step, "form": form, "topk": topk, "ms": round(event_ms(cp, call), 4)})
+        print(json.dumps(rows[-1]), flush=True)
+
+    def pool_both():
+        return [llsa.pool(x, levels=levels, backend="numba_cuda") for x in (q, k)]
+
+    form_of = select.form_of
+    for topk in (4, 8, 16, 32, 64):
+        kept = {}
+        for form in ("serial", "bitonic", "bits"):
+            select.form_of = lambda *_, form=form: form
+            call = lambda topk=topk: llsa.select(q, k, levels=levels, topk=topk, backend="numba_cuda")  # noqa: E731
+            kept[form] = call()
+            if any((a != b).any() for a, b in zip(kept["serial"], kept[form])):
+                raise ValueError(f"top-k: {form} keeps others than serial at K = {topk}")
+            add("top_k", form, topk, call)
+    select.form_of = form_of
+    add("top_k", "pooling alone", 8, pool_both)
+
+    selection = llsa.select(q, k, levels=levels, backend="numba_cuda")
+    forms = {
+        "two passes": (attend_two_passes.attend_two_passes, attend_two_passes.attend_two_passes_spaces),
+        "online": (attend.attend, attend.attend_spaces),  # last, so that it stays
+    }
+    outs = {}
+    for form, (backend.attend, backend.attend_spaces) in forms.items():
+        outs[form], _ = llsa.attend(q, k, v, selection, backend="numba_cuda")
+        add("softmax", form, 8, lambda: llsa.attend(q, k, v, selection, backend="numba_cuda"))
+    two, one = (cp.asnumpy(out).astype("f4") for out in outs.values())
+    gap = abs(two - one).max()
+    if not gap < 0.02:
+        raise ValueError(f"softmax: two passes and online differ by {gap}")
+    add("softmax", "pooling alone", 8, lambda: [llsa.pool(x, levels=levels, backend="numba_cuda") for x in (k, v)])
+    return rows
 
 
 def event_ms(cp, call, budget_ms=1500.0):

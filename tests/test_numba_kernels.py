@@ -19,12 +19,25 @@ pytest.importorskip("numba.cuda", reason="numba-cuda is not installed")
 from frameworks import Numba, NumPy
 from numba import cuda as numba_cuda
 
-from llsa_np.gpu.numba_cuda import attend, attend_backward, cuda, pool, select, tiles, transpose
+from llsa_np.gpu.numba_cuda import (
+    attend,
+    attend_backward,
+    attend_two_passes,
+    backend,
+    cuda,
+    pool,
+    select,
+    tiles,
+    transpose,
+)
 from llsa_np.hierarchy import Hierarchy
 from llsa_np.options import check_attend_options
 
 in_simulator = pytest.mark.skipif(not SIMULATED, reason="runs in Numba's simulator (NUMBA_ENABLE_CUDASIM=1)")
 on_compiler = pytest.mark.skipif(SIMULATED, reason="the simulator compiles nothing")
+on_either = pytest.mark.skipif(
+    not SIMULATED and bool(llsa.backends()["numba_cuda"]), reason="needs a GPU, or Numba's simulator"
+)
 SHARED_MEMORY = 48 * 2**10
 """What a kernel may declare without asking the driver for more."""
 
@@ -42,16 +55,16 @@ def compiled_kernels(monkeypatch, dtype, block_size):
 
     monkeypatch.setattr(cuda, "compile_kernel", compile_kernel)
     forget_kernels()
-    for module in (pool, select, attend):
+    for module in (pool, select, attend, attend_two_passes):
         getattr(module, f"{module.__name__.rpartition('.')[2]}_kernels")(dtype, block_size)
     attend_backward.backward_kernels(dtype, block_size)
     forget_kernels()  # what stood in for kernels here cannot be launched
-    assert len(compiled) >= 14
+    assert len(compiled) >= 17
     return compiled
 
 
 def forget_kernels():
-    for module in (pool, select, attend, attend_backward, transpose):
+    for module in (pool, select, attend, attend_two_passes, attend_backward, transpose):
         for name in dir(module):
             if name.endswith("_kernel"):
                 getattr(module, name).cache_clear()
@@ -173,14 +186,47 @@ def test_a_key_block_that_every_query_selects_is_split():
     assert (first["dk"][:, :, 4:] == 0).all()
 
 
-@in_simulator
-def test_both_top_k_kernels_keep_the_same(monkeypatch):
-    case = Case(dtype="float32", key_tokens=30, query_tokens=11, levels=2, topk=(3, 4), data="tied")
-    by_list = run(case, "numba_cuda", Numba).selection
-    monkeypatch.setattr(select, "LIST_MOST", 0)
-    by_bits = run(case, "numba_cuda", Numba).selection
-    for a, b in zip(by_list, by_bits):
-        assert np.array_equal(a, b)
+@on_either
+@pytest.mark.parametrize("data", ["tied", "normal", "nan"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_all_forms_of_top_k_keep_the_same(dtype, data, monkeypatch):
+    """Of fewer candidates than K, of one tile of them and of several."""
+    most = 4 if SIMULATED else 32
+    for key_tokens, topk in ((5, (most, 2)), (20, (3, most)), (20 if SIMULATED else 900, (1, most))):
+        case = Case(dtype=dtype, key_tokens=key_tokens, query_tokens=7, block_size=3, levels=2, topk=topk)
+        q, k, v, dout, dlse = case.but(data="normal" if data == "nan" else data).arrays()
+        if data == "nan":
+            k[:, :, key_tokens // 2] = np.nan
+            q[:, :, 4] = -np.inf
+        kept = {}
+        for form in ("serial", "bitonic", "bits"):
+            monkeypatch.setattr(select, "form_of", lambda *_, form=form: form)
+            kept[form] = run(case, "numba_cuda", Numba, (q, k, v, dout, dlse)).selection
+        for form in ("bitonic", "bits"):
+            for a, b in zip(kept["serial"], kept[form]):
+                assert np.array_equal(a, b), form
+
+
+@on_either
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softmax_in_two_passes(dtype, monkeypatch):
+    """The plain form is within the bounds too, with values of more dims than a tile has."""
+
+    def spaces(_, work):
+        if work.operation != "attend":
+            return plain_spaces(backend.backend, work)
+        queries, block_size = work.query_hierarchy.tokens, work.key_hierarchy.block_size
+        shapes = (work.dtype, work.batch, work.heads, queries, work.value_dim, block_size, work.options)
+        return attend_two_passes.attend_two_passes_spaces(*shapes)
+
+    plain_spaces = type(backend.backend).spaces
+    dims = {"dim": 5, "value_dim": 7} if SIMULATED else {"dim": 70, "value_dim": 130}
+    case = Case(dtype=dtype, key_tokens=23, query_tokens=13, block_size=3, levels=2, topk=2, **dims)
+    selection = run(case, "numba_cuda", Numba).selection
+    monkeypatch.setattr(type(backend.backend), "spaces", spaces)
+    monkeypatch.setattr(backend, "attend", attend_two_passes.attend_two_passes)
+    results = run(case, "numba_cuda", Numba, selection=selection)
+    assert_within_bounds(case, results, reference(case, results.selection))
 
 
 @in_simulator
@@ -223,7 +269,7 @@ def test_workspace_is_bounded_by_shapes():
             *("bfloat16", 1, 1, 1, 64, 64, hierarchy, hierarchy, topk, options, frozenset("qkv"))
         )
         spaces += attend.attend_spaces("bfloat16", 1, 1, tokens, 64, 16, options)
-        spaces += select.select_spaces(1, 1, hierarchy, hierarchy, topk)
+        spaces += select.select_spaces("bfloat16", 1, 1, hierarchy, hierarchy, topk)
         spaces += pool.pool_spaces("bfloat16", 1, 1, 64, hierarchy)
         assert sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in spaces) <= 2000 * tokens
 

@@ -82,6 +82,7 @@ def attend_kernel(dtype: str, shape: Shape) -> Any:
         log_weight = cuda.shared.array(BS, acc)
         s = cuda.local.array((RQ, RK), acc)
         o = cuda.local.array((RQ, RD), acc)
+        part = cuda.local.array((RQ, RD), acc)
         z = cuda.local.array(RQ, acc)
         held = cuda.local.array(AHEAD, acc)
 
@@ -173,15 +174,16 @@ def attend_kernel(dtype: str, shape: Shape) -> Any:
             for i in range(RQ):
                 r = natural(i_y + TY * i)
                 shift, fade = row_shift[r], row_fade[r]
-                z[natural(i)] *= fade
+                total = acc(0)
                 for j in range(RK):
                     weight = exp(s[natural(i), natural(j)] - shift)
-                    z[natural(i)] += weight
+                    total += weight
                     weights[r, natural(i_x + TX * j)] = weight
+                z[natural(i)] = z[natural(i)] * fade + total
                 for j in range(RD):
                     o[natural(i), natural(j)] *= fade
             cuda.syncthreads()
-            add_rows(o, weights, staged, i_y, i_x)
+            add_rows(o, part, weights, staged, i_y, i_x)
             cuda.syncthreads()
 
         # The sum of exponentials, from the columns' threads in a fixed order

@@ -111,6 +111,7 @@ def query_gradient_kernel(dtype: str, shape: Shape) -> Any:
         s = cuda.local.array((RQ, RK), acc)
         dp = cuda.local.array((RQ, RK), acc)
         o = cuda.local.array((RQ, RD), acc)
+        part = cuda.local.array((RQ, RD), acc)
         held = cuda.local.array(AHEAD, acc)
 
         i_thread = cuda.threadIdx.x
@@ -193,7 +194,7 @@ def query_gradient_kernel(dtype: str, shape: Shape) -> Any:
             if D > BD:  # else the keys are there still
                 stage_candidates(staged, k[i_batch, i_kv], token, o_result, D, held, i_thread)
             cuda.syncthreads()
-            add_rows(o, slopes, staged, i_y, i_x)
+            add_rows(o, part, slopes, staged, i_y, i_x)
             cuda.syncthreads()
 
         for i in range(RQ):
@@ -255,6 +256,7 @@ def key_gradient_kernel(dtype: str, shape: Shape) -> Any:
         dp = cuda.local.array((RQ, RK), acc)
         o_k = cuda.local.array((RQ, RD), acc)
         o_v = cuda.local.array((RQ, RD), acc)
+        part = cuda.local.array((RQ, RD), acc)
         held = cuda.local.array(AHEAD, acc)
 
         i_thread = cuda.threadIdx.x
@@ -374,7 +376,7 @@ def key_gradient_kernel(dtype: str, shape: Shape) -> Any:
                 if DV > BD or not NEEDS_K:  # else dO is there still
                     stage_queries(staged, dout[i_batch], head, token, o_result, DV, held, i_thread)
                 cuda.syncthreads()
-                add_rows(o_v, weights, staged, i_y, i_x)
+                add_rows(o_v, part, weights, staged, i_y, i_x)
             cuda.syncthreads()
 
             # dS, and dk += dS Q
@@ -389,7 +391,7 @@ def key_gradient_kernel(dtype: str, shape: Shape) -> Any:
                         weights[r, c] = slope
                 stage_queries(staged, q[i_batch], head, token, o_result, D, held, i_thread)
                 cuda.syncthreads()
-                add_rows(o_k, weights, staged, i_y, i_x)
+                add_rows(o_k, part, weights, staged, i_y, i_x)
                 cuda.syncthreads()
 
         for i in range(RQ):

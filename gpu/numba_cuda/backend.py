@@ -27,7 +27,7 @@ def needed_spaces(of: Work) -> Spaces:
     if of.operation == "pool":
         return pool_spaces(of.dtype, of.batch, of.kv_heads, of.dim, of.key_hierarchy)
     if of.operation == "select":
-        return select_spaces(of.batch, of.heads, of.query_hierarchy, of.key_hierarchy, of.topk)
+        return select_spaces(of.dtype, of.batch, of.heads, of.query_hierarchy, of.key_hierarchy, of.topk)
     if of.options is None:
         raise ValueError(f"{of.operation}: got no options to plan from")
     if of.operation == "attend":

@@ -157,7 +157,8 @@ def product_functions(shape: Shape) -> tuple[Any, Any]:
     """Two device functions on a thread's own part of a result, both summing in ascending order:
 
     add_scores(s, a, x): s[r, c] += sum_d a[r, d] x[c, d], for a [BT, BD] and x [BS, BD];
-    add_rows(o, w, x): o[r, d] += sum_c w[r, c] x[c, d], for w [BT, BS] and x [BS, BD].
+    add_rows(o, part, w, x): o[r, d] += sum_c w[r, c] x[c, d], for w [BT, BS] and x [BS, BD]. The tile's sum is made by
+    itself, in `part`, and then added, so that rounding grows with the number of tiles and not of tokens.
     """
     TY, TX, RQ, RK, RD = shape
     BS, BD = shape.BS, shape.BD
@@ -171,12 +172,18 @@ def product_functions(shape: Shape) -> tuple[Any, Any]:
                     s[natural(i), natural(j)] += a[natural(i_y + TY * i), natural(d)] * number
 
     @device_function
-    def add_rows(o, w, x, i_y, i_x):
+    def add_rows(o, part, w, x, i_y, i_x):
+        for i in range(RQ):
+            for j in range(RD):
+                part[natural(i), natural(j)] = 0
         for c in range(BS):
             for j in range(RD):
                 number = x[natural(c), natural(i_x + TX * j)]
                 for i in range(RQ):
-                    o[natural(i), natural(j)] += w[natural(i_y + TY * i), natural(c)] * number
+                    part[natural(i), natural(j)] += w[natural(i_y + TY * i), natural(c)] * number
+        for i in range(RQ):
+            for j in range(RD):
+                o[natural(i), natural(j)] += part[natural(i), natural(j)]
 
     return add_scores, add_rows
 
