@@ -18,6 +18,8 @@ exclude_patterns = ["_build", ".jupyter_cache", "jupyter_execute"]
 html_theme = "furo"
 html_title = "llsa-np"
 html_show_sphinx = False
+html_static_path = ["_static"]
+html_css_files = ["tellings.css"]
 
 # Every page runs on every build, and a page whose code fails is a build that fails.
 nb_execution_mode = "force"

@@ -14,7 +14,7 @@ def test_site_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    for page in ("index", "how_it_works", "api", "choosing", "promises"):
+    for page in ("index", "how_it_works", "three_times", "without_a_gpu", "api", "choosing", "promises"):
         assert (tmp_path / f"{page}.html").exists()
 
 
