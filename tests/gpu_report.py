@@ -158,8 +158,8 @@ def random_bfloat16(cp, shape, seed):
 
 
 def row(cp, llsa, backend, arrays, levels):
-    """One row of the report's `speed`. The peak is what CuPy's pool took from the card over a forward and a backward call,
-    beyond inputs, dO, out and gradients."""
+    """One row of the report's `speed`. The peak is what CuPy's pool took from the card over a forward and a backward
+    call, beyond inputs, dO, out and gradients."""
     q, k, v, dout = arrays
     batch, heads, tokens, dim = q.shape
     options = {"levels": levels, "backend": backend}

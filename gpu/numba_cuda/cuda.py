@@ -87,7 +87,7 @@ _configuring = Lock()
 
 
 def launch_of(kernel: Any, blocks: int, threads: int, stream: Any) -> Any:
-    """A kernel with its grid. Numba would warn here of a grid that does not fill the GPU: small calls are served too."""
+    """A kernel with its grid. Numba would warn here if it does not fill the GPU: small calls are served too."""
     with _configuring:
         warns, config.CUDA_LOW_OCCUPANCY_WARNINGS = config.CUDA_LOW_OCCUPANCY_WARNINGS, 0
         try:
@@ -116,8 +116,8 @@ def device_array(x: Any) -> Any:
 
 def to_device(x: Any) -> Any:
     """A copy of a NumPy array on the current device, in C order."""
-    # In this machine's byte order, the only one that a kernel knows; and copied, as Numba trusts strides even of axes of
-    # size 1, where those of a contiguous array may be anything.
+    # In this machine's byte order, the only one that a kernel knows; and always a copy, as Numba trusts strides even of
+    # axes of size 1, where those of a contiguous array may be anything.
     x = x.astype(x.dtype.newbyteorder("="), order="C", copy=True)
     if x.dtype.name != "bfloat16":
         return cuda.to_device(x)
