@@ -99,7 +99,8 @@ def attention(
     `default_levels(N, block_size)`. topk: how many tokens of each level a query keeps, one int or one per level 1..L.
     enrich: which coarse levels take part in attention; None: all; (): none. reweight: whether a coarse token weighs as
     many tokens as it stands for. scale: of the logits; None: 1 / sqrt(D).
-    layout: "bhnd", or "bnhd" for arrays (batch, tokens, heads, dim). backend: "auto" goes by where the arrays are.
+    layout: "bhnd", or "bnhd" for arrays (batch, tokens, heads, dim). backend: "auto" goes by where the arrays are and
+    never moves them; "numpy", "numba_cuda" (which copies NumPy arrays to the GPU and the results back) or "cupy_raw".
     precision: "tf32" permits float32 products on matrix units in reduced precision; "full" does not.
 
     Returns out, in q's dtype and layout, (batch, heads, M, Dv); with return_lse (out, lse), lse = log Z_t, natural

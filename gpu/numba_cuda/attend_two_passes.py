@@ -236,6 +236,8 @@ def weighted_sum_kernel(dtype: str, shape: Shape) -> Any:
                 add_scores(s, queries, staged, i_y, i_x)
                 cuda.syncthreads()
             stage_candidates(staged, v[i_batch, i_kv], token, o_value, DV, held, i_thread)
+
+            # Weights relative to the largest logit of all, and their sum of values
             for i in range(RQ):
                 r = natural(i_y + TY * i)
                 total = acc(0)
@@ -252,6 +254,7 @@ def weighted_sum_kernel(dtype: str, shape: Shape) -> Any:
             add_rows(o, part, weights, staged, i_y, i_x)
             cuda.syncthreads()
 
+        # The sum of exponentials, from the columns' threads in a fixed order
         for i in range(RQ):
             reached[i_y + TY * i, i_x] = z[i]
         cuda.syncthreads()
