@@ -14,8 +14,9 @@ from llsa_np.hierarchy import Hierarchy
 from llsa_np.options import AttendOptions
 from llsa_np.selection import Selection
 
-BackendName = Literal["auto", "numpy", "numba_cuda", "cupy_raw"]
+BackendName = Literal["auto", "numpy", "cupy_raw", "numba_cuda"]
 NAMES: tuple[str, ...] = get_args(BackendName)[1:]
+"""In the order in which "auto" asks them."""
 DEVICES = {"numpy": "cpu", "numba_cuda": "cuda", "cupy_raw": "cuda"}
 """The kind of device whose arrays each backend serves."""
 
@@ -176,7 +177,7 @@ def _reasons(name: str) -> tuple[str, ...]:
         "numba_cuda": {"numba": "numba", "numba_cuda": "numba-cuda"},
         "cupy_raw": {"cupy": "cupy", "cuda.core": "cuda-core"},
     }[name]
-    reasons = ["this version of llsa-np has no CuPy kernels yet"] if name == "cupy_raw" else []
+    reasons = []
     missing = [package for module, package in packages.items() if not _installed(module)]
     if missing:
         reasons.append(

@@ -1,0 +1,78 @@
+"""The host's side of attend.cu: one launch for all levels."""
+
+from __future__ import annotations
+
+import math
+from struct import Struct
+from typing import Any, NamedTuple
+
+from llsa_np.gpu.cupy_raw.levels import pack_levels
+from llsa_np.gpu.cupy_raw.program import ARRAY, Kernel, array, is_whole, launch, pointer
+from llsa_np.gpu.cupy_raw.specialisations import Tile, tile_for
+from llsa_np.hierarchy import Hierarchy
+from llsa_np.options import AttendOptions
+
+ARGUMENTS = Struct(f"{ARRAY}{ARRAY}Q7if")
+"""Without the levels, of which there are as many as take part."""
+
+
+class Split(NamedTuple):
+    """How attend.cu cuts its work."""
+
+    WARPS: int
+    """Of a block; each has 16 queries."""
+    KEYS: int
+    """Keys of a tile that all warps share."""
+    STEP: int
+    """Keys of that tile whose scores a warp holds at a time."""
+    STAGES: int
+    """Tiles that are there or on their way, of each ring."""
+    BLOCKS: int
+    """Blocks of a multiprocessor for which registers are kept."""
+
+
+def split_for(tile: Tile) -> Split:
+    """So that two blocks or more fit into a multiprocessor's shared memory, and one on every card."""
+    if tile.row_bytes <= 128:
+        return Split(WARPS=8, KEYS=32, STEP=16, STAGES=2, BLOCKS=2)
+    if tile.row_bytes <= 256:
+        return Split(WARPS=2 if tile.dtype == "float32" else 4, KEYS=16, STEP=16, STAGES=2, BLOCKS=2)
+    if tile.row_bytes <= 384:
+        return Split(WARPS=4, KEYS=16, STEP=16, STAGES=1, BLOCKS=2)
+    return Split(WARPS=2 if tile.row_bytes <= 768 else 1, KEYS=16, STEP=16, STAGES=1, BLOCKS=2)
+
+
+def attend_kernel(tile: Tile, whole: bool) -> Kernel:
+    """The kernel for rows of this tile's width."""
+    split = split_for(tile)
+    defines = (*tile.defines(whole), *((name, str(value)) for name, value in split._asdict().items()))
+    rows = 2 * split.STAGES * (split.KEYS + split.WARPS * 16)
+    if tile.dtype == "float32" or tile.WIDTH > 128:  # the queries stay in shared memory
+        rows += split.WARPS * 16
+    return Kernel("attend.cu", "attend", defines, split.WARPS * 32, rows * tile.pitch_bytes)
+
+
+def attend(
+    q: Any,
+    k_levels: list[Any],
+    v_levels: list[Any],
+    selected: list[Any],
+    hierarchy: Hierarchy,
+    options: AttendOptions,
+    out: Any,
+    lse: Any,
+    dtype: str,
+    stream: int,
+) -> None:
+    """out and lse of all queries."""
+    batch, heads, queries, dim = q.shape
+    value_dim = out.shape[3]
+    tile = tile_for(dtype, max(dim, value_dim))
+    arguments = ARGUMENTS.pack(
+        *(*array(q), *array(out), pointer(lse)),
+        *(heads, k_levels[0].shape[1], queries, dim, value_dim, hierarchy.block_size.bit_length() - 1),
+        *(len(options.levels), options.scale * math.log2(math.e)),
+    )
+    arguments += pack_levels(k_levels, v_levels, selected, hierarchy, options)
+    kernel = attend_kernel(tile, is_whole(q, out, *k_levels, *v_levels))
+    launch(kernel, batch * heads * -(-queries // (kernel.threads // 2)), arguments, stream)

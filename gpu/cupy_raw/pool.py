@@ -1,0 +1,58 @@
+"""The host's side of pool.cu: one launch for every two levels."""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Any
+
+from llsa_np.gpu.cupy_raw.program import ARRAY, NO_ARRAY, Kernel, array, is_whole, launch, pointer
+from llsa_np.hierarchy import Hierarchy
+
+Spaces = list[tuple[tuple[int, ...], str]]
+
+THREADS = 128
+CHUNK = 64
+ARGUMENTS = Struct(f"{ARRAY}{ARRAY}{ARRAY}Qq5i4f0q")
+
+
+def pool_kernels(dtype: str, whole: bool) -> list[Kernel]:
+    """For elements, whose rows may or may not be moved in pieces, and for sums of the levels below, which may not."""
+    return [
+        Kernel("pool.cu", name, ((f"ELEMENT_{dtype.upper()}", "1"), ("WHOLE", str(int(can)))), THREADS)
+        for name, can in (("pool", whole), ("pool_sums", False))
+    ]
+
+
+def pool_spaces(batch: int, heads: int, dim: int, hierarchy: Hierarchy) -> Spaces:
+    """The unrounded sums of every second level that others are made of."""
+    return [
+        ((batch, heads, hierarchy.lengths[level], dim), "float32") for level in range(2, hierarchy.levels, 2)
+    ]
+
+
+def pool(x: Any, hierarchy: Hierarchy, out: list[Any], spaces: list[Any], dtype: str, stream: int) -> None:
+    """out[l - 1] = level l of x, l = 1..L."""
+    batch, heads, _, dim = x.shape
+    block_bits = hierarchy.block_size.bit_length() - 1
+    from_elements, from_sums = pool_kernels(dtype, is_whole(x))
+    children = x
+    for level in range(1, hierarchy.levels + 1, 2):
+        is_two, goes_on = level < hierarchy.levels, level + 1 < hierarchy.levels
+        means, upper = out[level - 1], out[level] if is_two else None
+        sums = spaces[(level - 1) // 2] if goes_on else None
+        lengths = hierarchy.lengths
+        arguments = ARGUMENTS.pack(
+            *(*array(children), *array(means), *(array(upper) if is_two else NO_ARRAY)),
+            *(pointer(sums) if goes_on else 0, heads),
+            *(lengths[level - 1], lengths[level], lengths[level + 1] if is_two else 0, dim, block_bits),
+            *(*counts(level, hierarchy), *(counts(level + 1, hierarchy) if is_two else (0, 0))),
+        )
+        uppers = -(-lengths[level] // hierarchy.block_size)
+        blocks = batch * heads * uppers * -(-dim // CHUNK)
+        launch(from_elements if level == 1 else from_sums, blocks, arguments, stream)
+        children = sums
+
+
+def counts(level: int, hierarchy: Hierarchy) -> tuple[int, int]:
+    """How many tokens a token of a level stands for, and the last one."""
+    return min(hierarchy.stride(level), hierarchy.tokens), hierarchy.last_count(level)

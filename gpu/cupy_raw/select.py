@@ -1,0 +1,41 @@
+"""The host's side of select.cu: one launch for every level, coarsest first."""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Any
+
+from llsa_np.gpu.cupy_raw.levels import LEVEL, level_argument
+from llsa_np.gpu.cupy_raw.program import ARRAY, Kernel, array, is_whole, launch, pointer
+from llsa_np.gpu.cupy_raw.specialisations import Tile, tile_for
+from llsa_np.hierarchy import Hierarchy
+
+THREADS = 128
+QUERIES = 16
+ARGUMENTS = Struct(f"{ARRAY}{LEVEL}Q6i0q")
+
+
+def select_kernel(tile: Tile, whole: bool) -> Kernel:
+    """128 candidates at a time, or 64 where their rows are long."""
+    candidates = 128 if tile.row_bytes <= 256 else 64
+    shared = (QUERIES + candidates) * tile.pitch_bytes
+    return Kernel("select.cu", "select", (*tile.defines(whole), ("TILE", str(candidates))), THREADS, shared)
+
+
+def select(
+    q_levels: list[Any], k_levels: list[Any], hierarchy: Hierarchy, selected: list[Any], dtype: str, stream: int
+) -> None:
+    """S_l for l = L down to 1. q_levels, k_levels, selected: levels 1..L."""
+    kernel = select_kernel(tile_for(dtype, q_levels[0].shape[3]), is_whole(*q_levels, *k_levels))
+    block_size = hierarchy.block_size
+    block_bits = block_size.bit_length() - 1
+    for level in range(hierarchy.levels, 0, -1):
+        q, k, rows = q_levels[level - 1], k_levels[level - 1], selected[level - 1]
+        batch, heads, queries, topk = rows.shape
+        arguments = ARGUMENTS.pack(
+            *array(q),
+            *level_argument(level, k, None, selected, hierarchy, reweight=False, span_bits=block_bits),
+            *(pointer(rows), heads, k.shape[1], queries, topk, q.shape[3], block_bits),
+        )
+        tiles = -(-queries // block_size) * max(1, block_size // QUERIES)
+        launch(kernel, batch * heads * tiles, arguments, stream)
