@@ -34,10 +34,12 @@ def library(kernel):
 #include "cuda.h"
 #define {kernel.name} kernel_{kernel.name}
 #include "{KERNELS / kernel.source}"
-extern "C" void run(const Arguments* a, int blocks, int threads, int shared) {{
-    emulator::launch(blocks, threads, shared, [&] {{ {kernel.name}(*a); }});
+template <class A> void run_it(void (*kernel)(A), const void* a, int blocks, int threads, int shared) {{
+    emulator::launch(blocks, threads, shared, [&] {{ kernel(*static_cast<const A*>(a)); }});
 }}
-extern "C" int size_of_arguments() {{ return sizeof(Arguments); }}
+template <class A> int size_of(void (*kernel)(A)) {{ return sizeof(A); }}
+extern "C" void run(const void* a, int blocks, int threads, int shared) {{ run_it({kernel.name}, a, blocks, threads, shared); }}
+extern "C" int size_of_arguments() {{ return size_of({kernel.name}); }}
 """
         part = built.with_suffix(f".{os.getpid()}")
         command = ["g++", *FLAGS, f"-I{HERE}", f"-I{KERNELS}", *defines, "-x", "c++", "-", "-o", str(part)]

@@ -23,8 +23,6 @@ class Split(NamedTuple):
     """Of a block; each has 16 queries."""
     KEYS: int
     """Keys of a tile that all warps share."""
-    STEP: int
-    """Keys of that tile whose scores a warp holds at a time."""
     STAGES: int
     """Tiles that are there or on their way, of each ring."""
     BLOCKS: int
@@ -34,18 +32,18 @@ class Split(NamedTuple):
 def split_for(tile: Tile) -> Split:
     """So that two blocks or more fit into a multiprocessor's shared memory, and one on every card."""
     if tile.row_bytes <= 128:
-        return Split(WARPS=8, KEYS=32, STEP=16, STAGES=2, BLOCKS=2)
+        return Split(WARPS=8, KEYS=32, STAGES=2, BLOCKS=2)
     if tile.row_bytes <= 256:
-        return Split(WARPS=2 if tile.dtype == "float32" else 4, KEYS=16, STEP=16, STAGES=2, BLOCKS=2)
+        return Split(WARPS=2 if tile.dtype == "float32" else 4, KEYS=16, STAGES=2, BLOCKS=2)
     if tile.row_bytes <= 384:
-        return Split(WARPS=4, KEYS=16, STEP=16, STAGES=1, BLOCKS=2)
-    return Split(WARPS=2 if tile.row_bytes <= 768 else 1, KEYS=16, STEP=16, STAGES=1, BLOCKS=2)
+        return Split(WARPS=4, KEYS=16, STAGES=1, BLOCKS=2)
+    return Split(WARPS=2 if tile.row_bytes <= 768 else 1, KEYS=16, STAGES=1, BLOCKS=2)
 
 
 def attend_kernel(tile: Tile, whole: bool) -> Kernel:
     """The kernel for rows of this tile's width."""
     split = split_for(tile)
-    defines = (*tile.defines(whole), *((name, str(value)) for name, value in split._asdict().items()))
+    defines = (*tile.defines(whole), ("MOST_ROW_REGISTERS", "128"), *((name, str(value)) for name, value in split._asdict().items()))
     rows = 2 * split.STAGES * (split.KEYS + split.WARPS * 16)
     if tile.dtype == "float32" or tile.WIDTH > 128:  # the queries stay in shared memory
         rows += split.WARPS * 16

@@ -6,6 +6,7 @@ from typing import Any
 
 from llsa_np.backends import Case, Room, Work
 from llsa_np.gpu.cupy_raw.attend import attend, attend_kernel
+from llsa_np.gpu.cupy_raw.attend_backward import attend_backward, backward_kernels, backward_spaces
 from llsa_np.gpu.cupy_raw.pool import pool, pool_kernels, pool_spaces
 from llsa_np.gpu.cupy_raw.program import on_device, precompile
 from llsa_np.gpu.cupy_raw.select import select, select_kernel
@@ -33,8 +34,6 @@ class CupyRawBackend:
     def refusals(self, case: Case) -> list[str]:
         """What is outside of the kernels' specialisations."""
         reasons = []
-        if case.operation == "attend_backward":
-            reasons.append("has no gradients yet")
         if case.dtype not in BYTES:
             reasons.append(f"serves {', '.join(BYTES)}, not {case.dtype}")
         for name, dim in (("D", case.dim), ("Dv", case.value_dim)):
@@ -50,6 +49,10 @@ class CupyRawBackend:
         """The workspace of an operation."""
         if work.operation == "pool":
             return pool_spaces(work.batch, work.kv_heads, work.dim, work.key_hierarchy)
+        if work.operation == "attend_backward" and work.options is not None:
+            shapes = (work.batch, work.heads, work.kv_heads, work.dim, work.value_dim)
+            hierarchies = (work.query_hierarchy, work.key_hierarchy)
+            return backward_spaces(*shapes, *hierarchies, work.topk, work.options, work.needs)
         return []
 
     def precompile(self, case: Case, backward: bool, arch: str | None) -> None:
@@ -59,7 +62,12 @@ class CupyRawBackend:
         kernels = [
             kernel
             for whole in (True, False)
-            for kernel in (*pool_kernels(case.dtype, whole), select_kernel(tile, whole), attend_kernel(wider, whole))
+            for kernel in (
+                *pool_kernels(case.dtype, whole),
+                select_kernel(tile, whole),
+                attend_kernel(wider, whole),
+                *(backward_kernels(wider, whole) if backward else ()),
+            )
         ]
         precompile(list(dict.fromkeys(kernels)), arch)
 
@@ -107,8 +115,27 @@ class CupyRawBackend:
         dv: Any | None,
         room: Room,
     ) -> None:
-        """Not yet."""
-        raise NotImplementedError("attend_backward: cupy_raw has no gradients yet")
+        """Fill dq, dk and dv, each unless None."""
+        with on_device(room.device):
+            attend_backward(
+                dout,
+                q,
+                k_levels,
+                v_levels,
+                out,
+                lse,
+                dlse,
+                list(selection),
+                selection.query_hierarchy,
+                selection.key_hierarchy,
+                options,
+                dq,
+                dk,
+                dv,
+                room.arrays,
+                room.dtype,
+                room.stream,
+            )
 
 
 backend = CupyRawBackend()

@@ -53,7 +53,7 @@ __device__ __forceinline__ void stage(Element* tile, const Element* x, const Arr
 
 // What a warp holds of 16 rows as the left side of products over the dims: registers where they are few, else the tile.
 #if ELEMENT_BYTES == 2
-constexpr bool ROWS_IN_REGISTERS = WIDTH <= 128;
+constexpr bool ROWS_IN_REGISTERS = WIDTH <= MOST_ROW_REGISTERS;
 
 struct Rows {
     u32 a[ROWS_IN_REGISTERS ? K_DIMS : 1][4];
@@ -145,24 +145,28 @@ __device__ __forceinline__ void add_scores(float (&s)[N][4], const Rows& rows, c
     }
 }
 
+// The tile's sum is made by itself and then added, so that rounding grows with the number of tiles and not of rows.
 template <int N>
 __device__ __forceinline__ void add_rows(float (&o)[N_DIMS][4], const float (&p)[N][4], const Element* x, int lane) {
+    float upper[8 * N], lower[8 * N];  // all p of the thread's two rows: row j's are held by thread j % 8 / 2 of each four
 #pragma unroll
-    for (int n = 0; n < N; n++) {
+    for (int j = 0; j < 8 * N; j++) {
+        upper[j] = __shfl_sync(~0u, p[j / 8][j % 2], (lane & ~3) + j % 8 / 2);
+        lower[j] = __shfl_sync(~0u, p[j / 8][2 + j % 2], (lane & ~3) + j % 8 / 2);
+    }
 #pragma unroll
-        for (int j = 0; j < 8; j++) {  // row j of these 8: its p are held by thread j / 2 of each four
-            const float upper = __shfl_sync(~0u, p[n][j % 2], (lane & ~3) + j / 2);
-            const float lower = __shfl_sync(~0u, p[n][2 + j % 2], (lane & ~3) + j / 2);
-            const Element* row = x + (n * 8 + j) * PITCH + lane % 4 * 2;
+    for (int d = 0; d < N_DIMS; d++) {
+        float part[4] = {};
 #pragma unroll
-            for (int d = 0; d < N_DIMS; d++) {
-                const float2 b = *reinterpret_cast<const float2*>(row + d * 8);
-                o[d][0] += upper * b.x;
-                o[d][1] += upper * b.y;
-                o[d][2] += lower * b.x;
-                o[d][3] += lower * b.y;
-            }
+        for (int j = 0; j < 8 * N; j++) {
+            const float2 b = *reinterpret_cast<const float2*>(x + j * PITCH + d * 8 + lane % 4 * 2);
+            part[0] += upper[j] * b.x;
+            part[1] += upper[j] * b.y;
+            part[2] += lower[j] * b.x;
+            part[3] += lower[j] * b.y;
         }
+#pragma unroll
+        for (int i = 0; i < 4; i++) o[d][i] += part[i];
     }
 }
 #endif

@@ -1,0 +1,423 @@
+// Gradients of attention (spec.md, Gradients).
+//
+// dq walks the queries' lists as attention does. dk and dv swap the roles: a warp has 16 keys and walks the queries that
+// attend to them, which transpose.cu has listed. Nothing is scattered, so no two threads ever add to one number, and every
+// sum has one order.
+//
+//     prepare              of each query: lse in powers of two, and <dO, out> - dlse
+//     query_gradient       dq_t = scale sum_j dS_tj k_l[j]
+//     key_gradient         of one level below the coarsest: dk_l[j] = scale sum_t dS_tj q_t, dv_l[j] = sum_t P_tj dO_t
+//     key_gradient_dense   the same of the coarsest level, to which all queries attend
+//     unpool               from level to level down: own sum / count + what the parent hands down
+//     finish               keys whose list was cut into pieces: their sums, in order
+#include <walk.cuh>
+
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr int RUNS = 2;   // of 8 queries, in a tile of 16
+
+// What a logit and dS need of a query.
+struct alignas(8) Row {
+    float lse, delta;   // lse in powers of two, +inf for a query that has no candidates or is not there
+};
+
+struct Arguments {
+    Array dout, q, k, v, out, dlse;   // k and v of the level; out and dlse for `prepare`
+    Array lse, dq, dk, dv;            // lse and dlse (batch, heads, queries)
+    Row* rows_of;                     // (batch * heads, padded queries)
+    const int *starts, *rows, *items; // as transpose.cu left them
+    float *k_sums, *v_sums;           // of the level, (batch * kv_heads, length, dims): what coarse levels leave
+    float *k_parts, *v_parts;         // of pieces
+    const float *k_above, *v_above;   // what level 1 hands down, for level 0
+    int batch, heads, kv_heads, queries, padded, dims, value_dims, block_bits, levels;
+    int length, row_length, row_count, columns, parents, ranges, run, run_bits, split, spare;
+    int pieces, tiles_of_piece;       // of the coarsest level
+    float scale, slope_scale;         // times log2(e); as it is
+    float log_count, log_last;
+    Level level[MOST_LEVELS];
+};
+
+// --- what both sides need of the queries
+
+extern "C" __global__ void __launch_bounds__(128) prepare(const __grid_constant__ Arguments a) {
+    const i64 i = (i64(blockIdx.x) * 128 + threadIdx.x) / 8;   // 8 threads for a query
+    const int part = threadIdx.x % 8, query = i % a.padded;
+    const i64 i_list = i / a.padded, i_batch = i_list / a.heads, i_head = i_list % a.heads;
+    const bool is_there = i_list < i64(a.batch) * a.heads && query < a.queries;
+    float delta = 0;
+    if (is_there) {
+        const Element* dout = head_of<const Element>(a.dout, i_batch, i_head) + query * a.dout.token;
+        const Element* out = head_of<const Element>(a.out, i_batch, i_head) + query * a.out.token;
+        for (int o = part * PIECE; o < a.value_dims; o += 8 * PIECE) {
+#if WHOLE
+            const Piece x = *reinterpret_cast<const Piece*>(dout + o), y = *reinterpret_cast<const Piece*>(out + o);
+#pragma unroll
+            for (int d = 0; d < PIECE; d++) delta += to_float(x.x[d]) * to_float(y.x[d]);
+#else
+            for (int d = o; d < o + PIECE; d++) delta += to_float(dout[d * a.dout.dim]) * to_float(out[d * a.out.dim]);
+#endif
+        }
+    }
+    for (int step = 4; step; step /= 2) delta += __shfl_xor_sync(~0u, delta, step);
+    if (part || i_list >= i64(a.batch) * a.heads) return;
+    Row row{INFINITE, 0};
+    if (is_there) {
+        const float lse = head_of<const float>(a.lse, i_batch, i_head)[query * a.lse.token];
+        if (a.dlse.data) delta -= head_of<const float>(a.dlse, i_batch, i_head)[query * a.dlse.token];
+        if (lse != -INFINITE) row = Row{lse * LOG2_E, delta};
+    }
+    a.rows_of[i] = row;
+}
+
+// --- the queries' side
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) query_gradient(const __grid_constant__ Arguments a) {
+    const int lane = threadIdx.x % WARP, i_warp = threadIdx.x / WARP;
+    u32 i_list;
+    const Queries q =
+        queries_of_block(a.queries, a.heads, a.kv_heads, a.dims, a.value_dims, a.block_bits, a.levels, i_list);
+    Element* ring = ring_of(i_warp);
+    Element* own_rows = ROWS_IN_REGISTERS ? ring : kept_rows(i_warp, 2);   // [2][16, PITCH]: queries, dO
+
+    auto own = [&](int row) { return q.own_first + row < a.queries ? q.own_first + row : -1; };
+    stage<16, WARP>(own_rows, head_of<const Element>(a.q, q.i_batch, q.i_head), a.q, a.dims, lane, own);
+    stage<16, WARP>(own_rows + 16 * PITCH, head_of<const Element>(a.dout, q.i_batch, q.i_head), a.dout, a.value_dims, lane,
+                    own);
+    copies_commit();
+    copies_wait<0>();
+    __syncwarp();
+    Rows query_rows, dout_rows;
+    hold(query_rows, own_rows, lane);
+    hold(dout_rows, own_rows + 16 * PITCH, lane);
+    __syncwarp();
+    Row row[2];   // of row g and of row g + 8
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int query = q.own_first + half * 8 + lane / 4;
+        row[half] = query < a.padded ? a.rows_of[i64(i_list) * a.padded + query] : Row{INFINITE, 0};
+    }
+
+    float o[N_DIMS][4];
+#pragma unroll
+    for (int d = 0; d < N_DIMS; d++) o[d][0] = o[d][1] = o[d][2] = o[d][3] = 0;
+    walk(q, a.level, coarse_tiles(), ring, [&](const Tile& tile) {
+        float s[2][4] = {}, dp[2][4] = {}, scale = a.scale, log_count = tile.log_count;
+        add_scores<2>(s, query_rows, tile.k, lane);
+        add_scores<2>(dp, dout_rows, tile.v, lane);
+        weigh_odd(s, tile, scale, log_count, lane);
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float p = exp2_fast(s[n][i] * scale + (log_count - row[i / 2].lse));
+                s[n][i] = s[n][i] == -INFINITE ? 0 : p * (dp[n][i] - row[i / 2].delta);
+            }
+        }
+        add_rows<2>(o, s, tile.k, lane);
+    });
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        if (row[half].lse != INFINITE) continue;   // no candidates, no gradient
+#pragma unroll
+        for (int d = 0; d < N_DIMS; d++) o[d][half * 2] = o[d][half * 2 + 1] = 0;
+    }
+    write_rows(o, a.slope_scale, a.slope_scale, own_rows,
+               head_of<Element>(a.dq, q.i_batch, q.i_head) + q.own_first * a.dq.token, a.dq, a.queries - q.own_first, a.dims,
+               lane);
+}
+
+// --- the keys' side
+
+struct Keys {
+    Rows k, v;
+    float log_weight[2];             // of the key of row g and of row g + 8; -inf where there is none
+    float o_k[NEEDS_K ? N_DIMS : 1][4], o_v[NEEDS_V ? N_DIMS : 1][4];
+};
+
+// Takes the 16 keys from `first` on of a level into a warp; keys past `end` are none. tile: [2][16, PITCH].
+__device__ __forceinline__ void hold_keys(Keys& keys, const Arguments& a, Element* tile, i64 i_batch, i64 i_kv, int first,
+                                          int end, int lane) {
+    auto token = [&](int row) { return first + row < end ? first + row : -1; };
+    stage<16, WARP>(tile, head_of<const Element>(a.k, i_batch, i_kv), a.k, a.dims, lane, token);
+    stage<16, WARP>(tile + 16 * PITCH, head_of<const Element>(a.v, i_batch, i_kv), a.v, a.value_dims, lane, token);
+    copies_commit();
+    copies_wait<0>();
+    __syncwarp();
+    hold(keys.k, tile, lane);
+    hold(keys.v, tile + 16 * PITCH, lane);
+    __syncwarp();
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int key = first + half * 8 + lane / 4;
+        keys.log_weight[half] = key >= end ? -INFINITE : key == a.length - 1 ? a.log_last : a.log_count;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+#pragma unroll
+        for (int d = 0; d < N_DIMS; d++) {
+            if (NEEDS_K) keys.o_k[NEEDS_K ? d : 0][i] = 0;
+            if (NEEDS_V) keys.o_v[NEEDS_V ? d : 0][i] = 0;
+        }
+    }
+}
+
+// Adds what 16 queries give to the gradients of a warp's keys. rows: of the queries, [16].
+__device__ __forceinline__ void add_queries(Keys& keys, const Arguments& a, const Element* q, const Element* dout,
+                                            const Row* rows, int lane) {
+    float s[2][4] = {}, dp[2][4] = {};
+    add_scores<2>(s, keys.k, q, lane);
+    if (NEEDS_K) add_scores<2>(dp, keys.v, dout, lane);
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        const float4 two = *reinterpret_cast<const float4*>(rows + n * 8 + lane % 4 * 2);   // lse, delta, lse, delta
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float lse = i % 2 ? two.z : two.x, delta = i % 2 ? two.w : two.y;
+            s[n][i] = exp2_fast(s[n][i] * a.scale + (keys.log_weight[i / 2] - lse));
+            dp[n][i] = s[n][i] * (dp[n][i] - delta);
+        }
+    }
+#if NEEDS_V
+    add_rows<2>(keys.o_v, s, dout, lane);
+#endif
+#if NEEDS_K
+    add_rows<2>(keys.o_k, dp, q, lane);
+#endif
+}
+
+// Writes 16 rows of sums in float32 to rows of `dims` numbers, those below `rows`.
+__device__ __forceinline__ void write_sums(const float (&o)[N_DIMS][4], float scale, float* to, int rows, int dims, int lane) {
+#pragma unroll
+    for (int d = 0; d < N_DIMS; d++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = half * 8 + lane / 4, dim = d * 8 + lane % 4 * 2;
+            if (row < rows && dim < dims)
+                *reinterpret_cast<float2*>(to + i64(row) * dims + dim) =
+                    make_float2(o[d][half * 2] * scale, o[d][half * 2 + 1] * scale);
+        }
+    }
+}
+
+// Adds to 16 rows of keys of level 0 what their parent hands down: one row of `dims` numbers.
+__device__ __forceinline__ void add_above(float (&o)[N_DIMS][4], float scale, const float* above, int dims, int lane) {
+#pragma unroll
+    for (int d = 0; d < N_DIMS; d++) {
+        const int dim = d * 8 + lane % 4 * 2;
+        float2 more = make_float2(0, 0);
+        if (above && dim < dims) more = *reinterpret_cast<const float2*>(above + dim);
+        o[d][0] = o[d][0] * scale + more.x;
+        o[d][1] = o[d][1] * scale + more.y;
+        o[d][2] = o[d][2] * scale + more.x;
+        o[d][3] = o[d][3] * scale + more.y;
+    }
+}
+
+// Adds up the sums of a block's warps, in their order, into the first; all have the same keys. memory: of the whole block.
+__device__ __forceinline__ void add_warps(float (&o)[N_DIMS][4], float* memory, int i_warp, int lane) {
+    __syncthreads();
+    if (i_warp) {
+#pragma unroll
+        for (int d = 0; d < N_DIMS; d++)
+            for (int i = 0; i < 4; i++) memory[((i_warp - 1) * N_DIMS * 4 + d * 4 + i) * WARP + lane] = o[d][i];
+    }
+    __syncthreads();
+    if (i_warp) return;
+    for (int w = 1; w < KEY_WARPS; w++) {
+#pragma unroll
+        for (int d = 0; d < N_DIMS; d++)
+            for (int i = 0; i < 4; i++) o[d][i] += memory[((w - 1) * N_DIMS * 4 + d * 4 + i) * WARP + lane];
+    }
+}
+
+// One level below the coarsest. A piece of work is 16 keys, all children of one parent, and up to `split` tiles of 16
+// queries of the parent's list. JOINT: a block's warps take turns in the tiles of one piece, and their sums are added in
+// order; else each has a piece of its own. A piece that is the only one of its parent writes the result, others their part.
+template <bool JOINT> __device__ __forceinline__ void gradient_of_keys(const Arguments& a) {
+    constexpr int RING = 2 * 16 * PITCH;
+    __shared__ Row row_tiles[KEY_WARPS][KEY_STAGES][16];
+    const int lane = threadIdx.x % WARP, i_warp = threadIdx.x / WARP;
+    Element* ring = reinterpret_cast<Element*>(shared_memory()) + i_warp * (KEY_STAGES + !ROWS_IN_REGISTERS) * RING;
+    Element* key_tile = ROWS_IN_REGISTERS ? ring : ring + KEY_STAGES * RING;
+
+    const int block_size = 1 << a.block_bits, parts = block_size > 16 ? block_size / 16 : 1;
+    const u32 units = u32(a.parents + a.spare) * parts;            // of a list: first pieces, then the others
+    const i64 i_unit = JOINT ? i64(blockIdx.x) : i64(blockIdx.x) * KEY_WARPS + i_warp;
+    const int i_list = i_unit / units, unit = i_unit % units, i_part = unit % parts, which = unit / parts;
+    if (i_list >= a.batch * a.kv_heads) return;                    // for the whole warp; JOINT: for the whole block
+    const i64 i_batch = i_list / a.kv_heads, i_kv = i_list % a.kv_heads;
+    const int* items = a.items + i64(i_list) * (a.parents + 1);
+
+    int parent = which, piece = 0;
+    if (which >= a.parents) {                                      // the parent whose extra piece this is
+        const int extra = which - a.parents;
+        if (extra >= items[a.parents] - a.parents) return;
+        int low = 0, high = a.parents - 1;                         // the last one with no more extra pieces before it
+        while (low < high) {
+            const int middle = (low + high + 1) / 2;
+            if (items[middle] - middle <= extra) low = middle;
+            else high = middle - 1;
+        }
+        parent = low;
+        piece = 1 + extra - (items[parent] - parent);
+    }
+    const int extras = items[parent] - parent, pieces = items[parent + 1] - items[parent];
+    const int* starts = a.starts + i_list * (i64(a.parents) * a.ranges + 1) + i64(parent) * a.ranges;
+    const int start = parent ? starts[-1] : 0, entries = starts[a.ranges - 1] - start;
+    const int* rows = a.rows + i64(i_list) * a.row_count * a.columns + start;
+    const int group = a.heads / a.kv_heads;
+    const int all_tiles = int((i64(entries) * a.run + 15) / 16);
+    const int end = min(all_tiles, (piece + 1) * a.split), step = JOINT ? KEY_WARPS : 1;
+    const int first_tile = piece * a.split + (JOINT ? i_warp : 0);
+
+    const int first_key = (parent << a.block_bits) + i_part * 16, end_key = min((parent + 1) << a.block_bits, a.length);
+    Keys keys;
+    hold_keys(keys, a, key_tile, i_batch, i_kv, first_key, end_key, lane);
+
+    auto fetch = [&](int tile, int i_stage) {
+        if (tile < end) {
+            // Two runs of 8 queries: one row's, where a row has 16 places or more
+            int query[RUNS], head[RUNS];
+#pragma unroll
+            for (int i = 0; i < RUNS; i++) {
+                const u32 place = tile * 16 + i * RUN, entry = place / u32(a.run);
+                query[i] = -1;
+                head[i] = 0;
+                if (entry < u32(entries)) {
+                    const int row = __ldg(rows + entry);
+                    head[i] = row / a.row_length;
+                    query[i] = ((row - head[i] * a.row_length) << a.run_bits) + int(place - entry * a.run);
+                    if (query[i] >= a.queries) query[i] = -1;
+                    head[i] += i_kv * group;
+                }
+            }
+            const Element *q[RUNS], *dout[RUNS];
+#pragma unroll
+            for (int i = 0; i < RUNS; i++) {
+                q[i] = head_of<const Element>(a.q, i_batch, head[i]);
+                dout[i] = head_of<const Element>(a.dout, i_batch, head[i]);
+            }
+            Element* to = ring + i_stage * RING;
+            for_pieces<16, WARP>(lane, [&](int row, int o_dim) {
+                const int run = row < RUN ? query[0] : query[1], token = run + row % RUN;
+                const bool is_there = run >= 0 && token < a.queries;
+                stage_piece(to + row * PITCH + o_dim, (row < RUN ? q[0] : q[1]) + o_dim * a.q.dim, a.q, token,
+                            is_there && o_dim < a.dims);
+                stage_piece(to + (16 + row) * PITCH + o_dim, (row < RUN ? dout[0] : dout[1]) + o_dim * a.dout.dim, a.dout,
+                            token, is_there && o_dim < a.value_dims);
+            });
+            if (lane < 8) {   // 16 bytes: two queries' Row
+                const int i = lane / 4, o = lane % 4 * 2;
+                Row* of = row_tiles[i_warp][i_stage] + i * RUN + o;
+                const int run = i ? query[1] : query[0];
+                if (run >= 0)
+                    copy_async(of, a.rows_of + (i_batch * a.heads + (i ? head[1] : head[0])) * a.padded + run + o, true);
+                else
+                    of[0] = of[1] = Row{INFINITE, 0};
+            }
+        }
+        copies_commit();
+    };
+#pragma unroll
+    for (int i = 0; i < KEY_STAGES; i++) fetch(first_tile + i * step, i);
+    int i_stage = 0;
+    for (int tile = first_tile; tile < end; tile += step) {
+        copies_wait<KEY_STAGES - 1>();
+        __syncwarp();
+        const Element* q = ring + i_stage * RING;
+        add_queries(keys, a, q, q + 16 * PITCH, row_tiles[i_warp][i_stage], lane);
+        __syncwarp();
+        fetch(tile + KEY_STAGES * step, i_stage);
+        if (KEY_STAGES == 2) i_stage ^= 1;
+    }
+    copies_wait<0>();
+    __syncwarp();
+
+    float* memory = reinterpret_cast<float*>(shared_memory());
+    const int n_keys = end_key - first_key;
+    auto write = [&](auto& o, float scale, float* sums, float* parts_of, const float* above, const Array& result, int dims) {
+        if (JOINT) {
+            add_warps(o, memory, i_warp, lane);
+            if (i_warp) return;
+        }
+        if (pieces > 1) {   // first pieces lie behind all the others
+            const int slot = piece ? extras + piece - 1 : a.spare + extras;
+            const i64 row = ((i64(i_list) * 2 * a.spare + slot) << a.block_bits) + i_part * 16;
+            write_sums(o, scale, parts_of + row * dims, n_keys, dims, lane);
+        } else if (sums) {
+            write_sums(o, scale, sums + (i64(i_list) * a.length + first_key) * dims, n_keys, dims, lane);
+        } else {
+            add_above(o, scale, above ? above + (i64(i_list) * a.parents + parent) * dims : nullptr, dims, lane);
+            write_rows(o, 1, 1, ring, head_of<Element>(result, i_batch, i_kv) + first_key * result.token, result, n_keys,
+                       dims, lane);
+        }
+    };
+#if NEEDS_K
+    write(keys.o_k, a.slope_scale, a.k_sums, a.k_parts, a.k_above, a.dk, a.dims);
+#endif
+#if NEEDS_V
+    write(keys.o_v, 1, a.v_sums, a.v_parts, a.v_above, a.dv, a.value_dims);
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(KEY_WARPS * WARP, KEY_BLOCKS) key_gradient(const __grid_constant__ Arguments a) {
+    gradient_of_keys<false>(a);
+}
+extern "C" __global__ void __launch_bounds__(KEY_WARPS * WARP, KEY_BLOCKS) key_gradient_joint(const __grid_constant__ Arguments a) {
+    gradient_of_keys<true>(a);
+}
+
+// The coarsest level. A block has KEY_WARPS times 16 keys and one piece of all queries of all heads of a group; its warps
+// share each tile of 16 queries. Pieces' sums lie one behind the other, and `unpool` adds them in order.
+extern "C" __global__ void __launch_bounds__(KEY_WARPS * WARP, KEY_BLOCKS)
+key_gradient_dense(const __grid_constant__ Arguments a) {
+    constexpr int RING = 2 * 16 * PITCH, ALL = KEY_WARPS * WARP;
+    __shared__ Row row_tiles[KEY_STAGES][16];
+    const int i_thread = threadIdx.x, lane = i_thread % WARP, i_warp = i_thread / WARP;
+    Element* ring = reinterpret_cast<Element*>(shared_memory());                 // [KEY_STAGES][queries, dO][16, PITCH]
+    Element* key_tile = ring + (KEY_STAGES + i_warp) * RING;
+
+    const u32 key_groups = (a.length + KEY_WARPS * 16 - 1) / u32(KEY_WARPS * 16);
+    const int i_group = blockIdx.x % key_groups, i_piece = blockIdx.x / key_groups % u32(a.pieces);
+    const int i_list = blockIdx.x / key_groups / u32(a.pieces);
+    const i64 i_batch = i_list / a.kv_heads, i_kv = i_list % a.kv_heads;
+    const int first_key = (i_group * KEY_WARPS + i_warp) * 16, group = a.heads / a.kv_heads;
+    const int head_tiles = (a.queries + 15) / 16;
+    const int first_tile = i_piece * a.tiles_of_piece, end = min(group * head_tiles, first_tile + a.tiles_of_piece);
+
+    Keys keys;
+    hold_keys(keys, a, key_tile, i_batch, i_kv, first_key, a.length, lane);
+    auto fetch = [&](int tile, int i_stage) {
+        if (tile < end) {
+            const int i_head = i_kv * group + tile / head_tiles, first = tile % head_tiles * 16;
+            auto token = [&](int row) { return first + row < a.queries ? first + row : -1; };
+            Element* to = ring + i_stage * RING;
+            stage<16, ALL>(to, head_of<const Element>(a.q, i_batch, i_head), a.q, a.dims, i_thread, token);
+            stage<16, ALL>(to + 16 * PITCH, head_of<const Element>(a.dout, i_batch, i_head), a.dout, a.value_dims, i_thread,
+                           token);
+            if (i_thread < 8)
+                copy_async(row_tiles[i_stage] + i_thread * 2,
+                           a.rows_of + (i_batch * a.heads + i_head) * a.padded + first + i_thread * 2, true);
+        }
+        copies_commit();
+    };
+#pragma unroll
+    for (int i = 0; i < KEY_STAGES; i++) fetch(first_tile + i, i);
+    int i_stage = 0;
+    for (int tile = first_tile; tile < end; tile++) {
+        copies_wait<KEY_STAGES - 1>();
+        __syncthreads();
+        const Element* q = ring + i_stage * RING;
+        add_queries(keys, a, q, q + 16 * PITCH, row_tiles[i_stage], lane);
+        __syncthreads();
+        fetch(tile + KEY_STAGES, i_stage);
+        if (KEY_STAGES == 2) i_stage ^= 1;
+    }
+    copies_wait<0>();
+    const i64 row = (i64(i_piece) * a.batch * a.kv_heads + i_list) * a.length + first_key;
+#if NEEDS_K
+    write_sums(keys.o_k, a.slope_scale, a.k_parts + row * a.dims, a.length - first_key, a.dims, lane);
+#endif
+#if NEEDS_V
+    write_sums(keys.o_v, 1, a.v_parts + row * a.value_dims, a.length - first_key, a.value_dims, lane);
+#endif
+}

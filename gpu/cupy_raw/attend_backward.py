@@ -1,0 +1,284 @@
+"""The host's side of attend_backward.cu and unpool.cu: the order of the launches, and the workspace between them."""
+
+from __future__ import annotations
+
+import math
+from struct import Struct
+from typing import Any, NamedTuple
+
+from llsa_np.gpu.cupy_raw.attend import attend_kernel
+from llsa_np.gpu.cupy_raw.levels import pack_levels
+from llsa_np.gpu.cupy_raw.program import ARRAY, NO_ARRAY, Kernel, array, is_whole, launch, pointer
+from llsa_np.gpu.cupy_raw.specialisations import Tile, tile_for
+from llsa_np.gpu.cupy_raw.transpose import Lists, lists_of, transpose, transpose_kernels, transpose_spaces
+from llsa_np.hierarchy import Hierarchy
+from llsa_np.options import AttendOptions
+
+Spaces = list[tuple[tuple[int, ...], str]]
+
+ARGUMENTS = Struct(f"{ARRAY * 10}Q3Q2Q2Q2Q9i10i2i4f0q")
+UNPOOL = Struct("3Qq5i2f0q")
+FINISH = Struct(f"4Q{ARRAY}7i0q")
+CLEAR = Struct("Qq")
+UNPOOL_THREADS = 256
+DENSE_PIECES = 16
+"""Pieces of all queries that the coarsest level's keys are given to, at most: their sums take memory."""
+MOST_BOTH = 128
+"""The widest tile with which one kernel holds the sums of dk and of dv; with wider ones each has its own."""
+
+
+class KeySplit(NamedTuple):
+    """How the keys' side cuts its work."""
+
+    KEY_WARPS: int
+    KEY_STAGES: int
+    KEY_BLOCKS: int
+
+
+def key_split_for(tile: Tile) -> KeySplit:
+    """So that two blocks or more fit into a multiprocessor's shared memory, and one on every card."""
+    if tile.row_bytes <= 128:
+        return KeySplit(KEY_WARPS=4, KEY_STAGES=2, KEY_BLOCKS=3)
+    if tile.row_bytes <= 384:
+        return KeySplit(KEY_WARPS=4, KEY_STAGES=1, KEY_BLOCKS=2)
+    return KeySplit(KEY_WARPS=2 if tile.row_bytes <= 768 else 1, KEY_STAGES=1, KEY_BLOCKS=1)
+
+
+class Kernels(NamedTuple):
+    """The kernels of a tile that differ by what is asked for."""
+
+    prepare: Kernel
+    query_gradient: Kernel
+    key_gradient: Kernel
+    key_gradient_joint: Kernel
+    key_gradient_dense: Kernel
+
+
+def gradient_kernels(tile: Tile, whole: bool, needs_k: bool, needs_v: bool) -> Kernels:
+    """Of one compilation of attend_backward.cu."""
+    forward = attend_kernel(tile, whole)
+    keys = key_split_for(tile)
+    in_registers = tile.dtype != "float32" and tile.WIDTH <= 64
+    needs = (("NEEDS_K", str(int(needs_k))), ("NEEDS_V", str(int(needs_v))))
+    most = (("MOST_ROW_REGISTERS", "64"),)
+    split = tuple(pair for pair in forward.defines if pair[0] != "MOST_ROW_REGISTERS")
+    defines = (*split, *((name, str(value)) for name, value in keys._asdict().items()), *needs, *most)
+    values = dict(forward.defines)
+    warps, stages = int(values["WARPS"]), int(values["STAGES"])
+    query_rows = 2 * stages * (int(values["KEYS"]) + warps * 16) + (0 if in_registers else 2 * warps * 16)
+    key_rows = keys.KEY_WARPS * 32 * (keys.KEY_STAGES + (not in_registers))
+    dense_rows = 32 * (keys.KEY_STAGES + keys.KEY_WARPS)
+    threads = keys.KEY_WARPS * 32
+
+    def kernel(name: str, threads: int, rows: int) -> Kernel:
+        return Kernel("attend_backward.cu", name, defines, threads, rows * tile.pitch_bytes)
+
+    return Kernels(
+        kernel("prepare", 128, 0),
+        kernel("query_gradient", warps * 32, query_rows),
+        kernel("key_gradient", threads, key_rows),
+        kernel("key_gradient_joint", threads, key_rows),
+        kernel("key_gradient_dense", threads, dense_rows),
+    )
+
+
+def needs_of_launches(tile: Tile, needs_k: bool, needs_v: bool) -> list[tuple[bool, bool]]:
+    """Which of dk and dv each launch of the keys' side makes."""
+    if not (needs_k or needs_v):
+        return []
+    if tile.WIDTH <= MOST_BOTH or not (needs_k and needs_v):
+        return [(needs_k, needs_v)]
+    return [(True, False), (False, True)]
+
+
+def unpool_kernel(name: str, dtype: str) -> Kernel:
+    """unpool, finish or clear."""
+    return Kernel("unpool.cu", name, ((f"ELEMENT_{dtype.upper()}", "1"), ("WHOLE", "0")), UNPOOL_THREADS)
+
+
+def backward_kernels(tile: Tile, whole: bool) -> list[Kernel]:
+    """All that gradients of all three inputs need."""
+    kernels = [k for needs in needs_of_launches(tile, True, True) for k in gradient_kernels(tile, whole, *needs)]
+    small = [unpool_kernel(name, tile.dtype) for name in ("unpool", "finish", "clear")]
+    return [*kernels, *small, *transpose_kernels()]
+
+
+# --- sizes
+
+
+def dense_pieces(queries: int, group: int) -> tuple[int, int]:
+    """(pieces, tiles of a piece) of the coarsest level: all tiles of 16 queries of a group's heads."""
+    tiles = group * -(-queries // 16)
+    of_piece = max(16, -(-tiles // DENSE_PIECES))
+    return -(-tiles // of_piece), of_piece
+
+
+def backward_spaces(
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    value_dim: int,
+    query_hierarchy: Hierarchy,
+    hierarchy: Hierarchy,
+    topk: tuple[int, ...],
+    options: AttendOptions,
+    needs: frozenset[str],
+) -> Spaces:
+    """rows_of; starts, rows, items; parts of dk and dv; the coarse levels' sums of dk, then of dv."""
+    queries = query_hierarchy.tokens
+    lists, group = batch * kv_heads, heads // max(1, kv_heads)
+    integers, places = [0, 0, 0], 0
+    if needs & {"k", "v"} and group:
+        for level in options.levels:
+            if level == hierarchy.levels:
+                places = max(places, dense_pieces(queries, group)[0] * hierarchy.lengths[level])
+            else:
+                of = lists_of(level, hierarchy, query_hierarchy, topk[level], group)
+                integers = [max(pair) for pair in zip(integers, transpose_spaces(lists, of))]
+                places = max(places, 2 * of.spare * hierarchy.block_size)
+    dims = {"k": dim, "v": value_dim}
+    spaces: Spaces = [((batch, heads, padded(queries), 2), "float32")]
+    spaces += [((size,), "int32") for size in integers]
+    spaces += [((lists * places * dims[name] if name in needs else 0,), "float32") for name in ("k", "v")]
+    for name in ("k", "v"):
+        used = max(options.levels) if name in needs else 0
+        spaces += [((lists, hierarchy.lengths[level], dims[name]), "float32") for level in range(1, used + 1)]
+    return spaces
+
+
+def padded(queries: int) -> int:
+    """Rows of a head in `rows_of`: whole tiles of 16."""
+    return -(-queries // 16) * 16
+
+
+# --- the operation
+
+
+def attend_backward(
+    dout: Any,
+    q: Any,
+    k_levels: list[Any],
+    v_levels: list[Any],
+    out: Any,
+    lse: Any,
+    dlse: Any | None,
+    selected: list[Any],
+    query_hierarchy: Hierarchy,
+    hierarchy: Hierarchy,
+    options: AttendOptions,
+    dq: Any | None,
+    dk: Any | None,
+    dv: Any | None,
+    spaces: list[Any],
+    dtype: str,
+    stream: int,
+) -> None:
+    """dq, dk and dv, each unless None."""
+    batch, heads, queries, dim = q.shape
+    value_dim, kv_heads = dout.shape[3], k_levels[0].shape[1]
+    lists, group = batch * kv_heads, heads // max(1, kv_heads)
+    for gradient in (dk, dv):
+        if gradient is not None and group == 0:  # keys that no query head reads
+            size = gradient.size * gradient.dtype.itemsize
+            clear = CLEAR.pack(pointer(gradient) if size else 0, size)
+            launch(unpool_kernel("clear", dtype), -(-size // UNPOOL_THREADS), clear, stream)
+    if group == 0 or batch == 0:
+        return
+
+    rows_of, starts, rows, items, k_parts, v_parts, *sums = spaces
+    used = max(options.levels)
+    k_sums = [None, *sums[: used if dk is not None else 0]]
+    v_sums = [None, *sums[used if dk is not None else 0 :]]
+    tile = tile_for(dtype, max(dim, value_dim))
+    given = [x for x in (dq, dk, dv) if x is not None]
+    whole = is_whole(q, dout, out, *k_levels, *v_levels, *given)
+    levels = pack_levels(k_levels, v_levels, selected, hierarchy, options)
+    block_bits = hierarchy.block_size.bit_length() - 1
+
+    def arguments(level: int, of: Lists | None = None, need_k: bool = False, need_v: bool = False) -> bytes:
+        """The struct of attend_backward.cu, for one level on the keys' side."""
+        is_coarse = level > 0 and of is not None
+        has_above = level == 0 and used > 0
+        full, last = 1, 1
+        if options.reweight and level > 0:
+            full, last = min(hierarchy.stride(level), hierarchy.tokens), hierarchy.last_count(level)
+        lists_sizes = (0,) * 9 if of is None else tuple(of)
+        row_length, row_count, columns, parents, ranges, run, run_bits, split, spare = lists_sizes
+        return (
+            ARGUMENTS.pack(
+                *(*array(dout), *array(q), *array(k_levels[level]), *array(v_levels[level]), *array(out)),
+                *(NO_ARRAY if dlse is None else (*array(dlse), 0)),
+                *(*array(lse), 0),
+                *(value for x in (dq, dk, dv) for value in (NO_ARRAY if x is None else array(x))),
+                *(pointer(rows_of), pointer(starts), pointer(rows), pointer(items)),
+                *(pointer(k_sums[level]) if is_coarse and need_k else 0,),
+                *(pointer(v_sums[level]) if is_coarse and need_v else 0,),
+                *(pointer(k_parts), pointer(v_parts)),
+                *(pointer(k_sums[1]) if has_above and need_k else 0,),
+                *(pointer(v_sums[1]) if has_above and need_v else 0,),
+                *(batch, heads, kv_heads, queries, padded(queries), dim, value_dim, block_bits, len(options.levels)),
+                *(hierarchy.lengths[level], row_length, row_count, columns, parents, ranges, run, run_bits, split, spare),
+                *dense_pieces(queries, group),
+                *(options.scale * math.log2(math.e), options.scale, math.log2(full), math.log2(last)),
+            )
+            + levels
+        )
+
+    any_kernels = gradient_kernels(tile, whole, *(needs_of_launches(tile, dk is not None, dv is not None) or [(True, True)])[0])
+    launch(any_kernels.prepare, -(-batch * heads * padded(queries) // 16), arguments(0), stream)
+    if dq is not None:
+        blocks = batch * heads * -(-queries // (any_kernels.query_gradient.threads // 2))
+        launch(any_kernels.query_gradient, blocks, arguments(0), stream)
+    launches = needs_of_launches(tile, dk is not None, dv is not None)
+    if not launches:
+        return
+
+    wanted = [
+        (gradient, parts, of_levels)
+        for gradient, parts, of_levels in ((dk, k_parts, k_sums), (dv, v_parts, v_sums))
+        if gradient is not None
+    ]
+    has_above = False
+    for level in range(used, -1, -1):
+        takes_part, is_dense = level in options.levels, level == hierarchy.levels
+        pieces = 1
+        if takes_part and is_dense:
+            pieces, _ = dense_pieces(queries, group)
+            for need_k, need_v in launches:
+                kernel = gradient_kernels(tile, whole, need_k, need_v).key_gradient_dense
+                key_groups = -(-hierarchy.lengths[level] // (kernel.threads // 2))
+                launch(kernel, lists * pieces * key_groups, arguments(level, None, need_k, need_v), stream)
+        elif takes_part:
+            of = lists_of(level, hierarchy, query_hierarchy, selected[level].shape[3], group)
+            transpose(selected[level], of, kv_heads, starts, rows, items, stream)
+            units = (of.parents + of.spare) * max(1, hierarchy.block_size // 16)
+            for need_k, need_v in launches:
+                kernels = gradient_kernels(tile, whole, need_k, need_v)
+                if level > 0:  # lists are long: whole groups of queries
+                    kernel, blocks = kernels.key_gradient_joint, lists * units
+                else:
+                    kernel = kernels.key_gradient
+                    blocks = -(-lists * units // (kernel.threads // 32))
+                launch(kernel, blocks, arguments(level, of, need_k, need_v), stream)
+            if of.spare:
+                for gradient, parts, of_levels in wanted:
+                    finish = FINISH.pack(
+                        *(pointer(items), pointer(parts), pointer(of_levels[1]) if has_above and level == 0 else 0),
+                        *(pointer(of_levels[level]) if level > 0 else 0, *array(gradient)),
+                        *(kv_heads, lists, of.parents, of.spare, hierarchy.lengths[level], gradient.shape[3], block_bits),
+                    )
+                    launch(unpool_kernel("finish", dtype), lists * of.parents, finish, stream)
+        if level == 0:
+            return
+        for _, parts, of_levels in wanted:
+            sums_here, dims = of_levels[level], of_levels[level].shape[2]
+            own = 0 if not takes_part else pointer(parts) if is_dense else pointer(sums_here)
+            length = hierarchy.lengths[level]
+            unpool = UNPOOL.pack(
+                *(own, pointer(of_levels[level + 1]) if has_above else 0, pointer(sums_here), lists),
+                *(pieces, length, hierarchy.lengths[level + 1] if has_above else 0, dims, block_bits),
+                *(min(hierarchy.stride(level), hierarchy.tokens), hierarchy.last_count(level)),
+            )
+            launch(unpool_kernel("unpool", dtype), -(-lists * length * dims // UNPOOL_THREADS), unpool, stream)
+        has_above = True

@@ -1,0 +1,117 @@
+// The selection as the keys see it: for every token of level l + 1 the queries that selected it (spec.md, Gradients).
+//
+// S_{l+1} lists the parents of each row of queries; dk and dv need the rows of each parent: the transpose of a sparse
+// matrix, by counting, adding up and placing. Placing is stable: each parent's list holds its rows in ascending order, query
+// head after query head, so every sum over it has one order. To place in parallel the rows are cut into `ranges`: pairs are
+// counted by (parent, range), and each range is placed on its own.
+//
+// Every (batch entry, kv head) has a list of its own: starts[parents * ranges + 1], rows[row_count * columns],
+// items[parents + 1], where items[p] is the number of pieces of work before parent p.
+#include <numbers.cuh>
+
+constexpr int THREADS = 256;
+constexpr int SUM_THREADS = 1024;
+constexpr int WARP = 32;
+
+struct Arguments {
+    Array selected;   // S_{l+1}, int (batch, heads, length, columns)
+    int *starts, *rows, *items;
+    int lists, heads, group, length, row_count, columns, parents, ranges, rows_per_range;
+    int run, split;   // places of a row in a parent's list; tiles of 16 places of a piece of work
+};
+
+__device__ __forceinline__ int parent_at(const Arguments& a, int i_list, int row, int column) {
+    const int head = i_list * a.group + row / a.length;   // of all batch entries
+    const int parent = head_of<const int>(a.selected, head / a.heads, head % a.heads)[row % a.length * a.selected.token +
+                                                                                      column * a.selected.dim];
+    return u32(parent) < u32(a.parents) ? parent : -1;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) clear_starts(const __grid_constant__ Arguments a) {
+    const i64 i = i64(blockIdx.x) * THREADS + threadIdx.x;
+    if (i < i64(a.lists) * (i64(a.parents) * a.ranges + 1)) a.starts[i] = 0;
+}
+
+// A thread takes one pair and adds 1 to its counter: atomics on integers, whose order is of no consequence.
+extern "C" __global__ void __launch_bounds__(THREADS) count_pairs(const __grid_constant__ Arguments a) {
+    const i64 i = i64(blockIdx.x) * THREADS + threadIdx.x;
+    if (i >= i64(a.lists) * a.row_count * a.columns) return;
+    const int column = i % a.columns, row = i / a.columns % a.row_count, i_list = i / a.columns / a.row_count;
+    const int parent = parent_at(a, i_list, row, column);
+    if (parent >= 0)
+        atomicAdd(a.starts + i_list * (i64(a.parents) * a.ranges + 1) + i64(parent) * a.ranges + row / a.rows_per_range, 1);
+}
+
+// Every number becomes the sum of those before it: SUM_THREADS at a time, within warps by doubling steps, then over warps.
+__device__ __forceinline__ void sum_up(int* numbers, int length) {
+    __shared__ int of_warps[WARP];
+    const int lane = threadIdx.x % WARP, i_warp = threadIdx.x / WARP;
+    int before = 0;
+    for (int o = 0; o < length; o += SUM_THREADS) {
+        const int i = o + threadIdx.x, number = i < length ? numbers[i] : 0;
+        int sum = number;
+        for (int step = 1; step < WARP; step *= 2) {
+            const int other = __shfl_up_sync(~0u, sum, step);
+            if (lane >= step) sum += other;
+        }
+        if (lane == WARP - 1) of_warps[i_warp] = sum;
+        __syncthreads();
+        int warps_before = 0, all = 0;
+        for (int w = 0; w < SUM_THREADS / WARP; w++) {
+            if (w < i_warp) warps_before += of_warps[w];
+            all += of_warps[w];
+        }
+        __syncthreads();
+        if (i < length) numbers[i] = before + warps_before + sum - number;
+        before += all;
+    }
+    __syncthreads();
+}
+
+// A block takes one list: where each (parent, range) begins, and how many pieces of work lie before each parent: a piece for
+// every `split` tiles of its list, and at least one, which writes the zeros of a parent that nobody selected.
+extern "C" __global__ void __launch_bounds__(SUM_THREADS) sum_counts(const __grid_constant__ Arguments a) {
+    int* starts = a.starts + blockIdx.x * (i64(a.parents) * a.ranges + 1);
+    int* items = a.items + i64(blockIdx.x) * (a.parents + 1);
+    sum_up(starts, a.parents * a.ranges + 1);
+    for (int p = threadIdx.x; p <= a.parents; p += SUM_THREADS) {
+        int pieces = 0;
+        if (p < a.parents) {
+            const int tiles = ((starts[(p + 1) * a.ranges] - starts[p * a.ranges]) * a.run + 15) / 16;
+            pieces = max(1, (tiles + a.split - 1) / a.split);
+        }
+        items[p] = pieces;
+    }
+    __syncthreads();
+    sum_up(items, a.parents + 1);
+}
+
+// A warp takes one range and goes through its pairs, one for each lane at a time: a lane's pair goes behind those of lower
+// lanes with the same parent, and the last of them moves the parent's start forward. So `starts` ends up one place further:
+// what was the start of (parent, range) is then its end.
+extern "C" __global__ void __launch_bounds__(THREADS) place_pairs(const __grid_constant__ Arguments a) {
+    const int lane = threadIdx.x % WARP;
+    const int i = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP, i_range = i % a.ranges, i_list = i / a.ranges;
+    if (i_list >= a.lists) return;   // for the whole warp
+    int* starts = a.starts + i_list * (i64(a.parents) * a.ranges + 1) + i_range;
+    int* rows = a.rows + i64(i_list) * a.row_count * a.columns;
+    const int end = min(a.row_count, (i_range + 1) * a.rows_per_range) * a.columns;
+    for (int o = i_range * a.rows_per_range * a.columns; o < end; o += WARP) {
+        const int pair = o + lane;
+        const int parent = pair < end ? parent_at(a, i_list, pair / a.columns, pair % a.columns) : -1;
+        int before = 0, alike = 0;
+        for (int other = 0; other < WARP; other++) {
+            const bool same = __shfl_sync(~0u, parent, other) == parent;
+            alike += same;
+            before += same && other < lane;
+        }
+        int start = 0;
+        if (parent >= 0) {
+            start = starts[i64(parent) * a.ranges];
+            rows[start + before] = pair / a.columns;
+        }
+        __syncwarp();
+        if (parent >= 0 && before == alike - 1) starts[i64(parent) * a.ranges] = start + alike;
+        __syncwarp();
+    }
+}

@@ -1,0 +1,80 @@
+"""The host's side of transpose.cu: the lists of queries that each key block has, and their sizes."""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Any, NamedTuple
+
+from llsa_np.gpu.cupy_raw.program import ARRAY, Kernel, array, launch, pointer
+from llsa_np.hierarchy import Hierarchy
+
+THREADS, SUM_THREADS, WARP = 256, 1024, 32
+ARGUMENTS = Struct(f"{ARRAY}3Q11i0q")
+
+MOST_RANGES = 64
+LEAST_SPLIT = 256
+"""Tiles of 16 queries of a piece of work, at least."""
+MOST_SPARE = 2**12
+"""Where there are few parents, so many sums of single keys may be split off."""
+
+
+class Lists(NamedTuple):
+    """Sizes of the lists of one level below the coarsest: every (batch entry, kv head) has its own."""
+
+    row_length: int
+    """m_{l+1}: rows of S_{l+1} of one query head."""
+    row_count: int
+    """Of all query heads that read one kv head."""
+    columns: int
+    parents: int
+    ranges: int
+    run: int
+    """Places that a row takes in a parent's list: its queries, or 16 times as many tiles as hold them."""
+    run_bits: int
+    """2**run_bits queries lie between the first of one row and that of the next."""
+    split: int
+    """Tiles of 16 queries of a piece of work, at most."""
+    spare: int
+    """Pieces of work beyond one for each parent, at most."""
+
+
+def lists_of(level: int, hierarchy: Hierarchy, queries: Hierarchy, topk: int, group: int) -> Lists:
+    """The sizes for a level, from shapes alone."""
+    parents, row_length = hierarchy.lengths[level + 1], queries.lengths[level + 1]
+    row_count = group * row_length
+    run_bits = (hierarchy.block_size.bit_length() - 1) * (level + 1)
+    run = min(2**run_bits, -(-queries.tokens // 16) * 16)
+    tiles = -(-row_count * topk * run // 16)
+    most = max(parents, MOST_SPARE // hierarchy.block_size)
+    split = max(LEAST_SPLIT, -(-tiles // most))
+    ranges = max(1, min(MOST_RANGES, row_count, row_count * topk // parents))
+    return Lists(row_length, row_count, topk, parents, ranges, run, min(run_bits, 31), split, tiles // split)
+
+
+def transpose_kernels() -> list[Kernel]:
+    """clear_starts, count_pairs, sum_counts, place_pairs."""
+    defines = (("ELEMENT_FLOAT32", "1"),)  # of which none are looked at
+    names = {"clear_starts": THREADS, "count_pairs": THREADS, "sum_counts": SUM_THREADS, "place_pairs": THREADS}
+    return [Kernel("transpose.cu", name, defines, threads) for name, threads in names.items()]
+
+
+def transpose_spaces(lists: int, of: Lists) -> tuple[int, int, int]:
+    """How many integers `starts`, `rows` and `items` hold for so many lists."""
+    return lists * (of.parents * of.ranges + 1), lists * of.row_count * of.columns, lists * (of.parents + 1)
+
+
+def transpose(selected: Any, of: Lists, kv_heads: int, starts: Any, rows: Any, items: Any, stream: int) -> None:
+    """Fills starts, rows and items (int32) as transpose.cu says."""
+    batch, heads = selected.shape[:2]
+    lists = batch * kv_heads
+    arguments = ARGUMENTS.pack(
+        *(*array(selected), pointer(starts), pointer(rows), pointer(items)),
+        *(lists, heads, heads // kv_heads, of.row_length, of.row_count, of.columns, of.parents, of.ranges),
+        *(-(-of.row_count // of.ranges), of.run, of.split),
+    )
+    clear, count, add, place = transpose_kernels()
+    n_starts, n_pairs, _ = transpose_spaces(lists, of)
+    launch(clear, -(-n_starts // THREADS), arguments, stream)
+    launch(count, -(-n_pairs // THREADS), arguments, stream)
+    launch(add, lists, arguments, stream)
+    launch(place, -(-lists * of.ranges // (THREADS // WARP)), arguments, stream)

@@ -1,0 +1,204 @@
+// Walks a block's queries along their lists of candidates, coarsest level first, and hands on tile after tile of 16 keys and
+// values in shared memory. What is done with a tile is the caller's: attention, or the gradient of the queries.
+//
+// A block of WARPS warps has ROWS consecutive queries of one head, a warp 16 of them.
+//
+//     levels whose rows of S_{l+1} cover at least ROWS queries      the finer ones (level 0; for b = 8 level 1 too)
+//     one list for the block: tiles of KEYS keys and values,        one list for 16 queries (for b = 8 one for each 8):
+//     brought in by all warps and used by all, the next one on      tiles of 16 keys and values in a ring of the warp's
+//     its way while this one is used                                own, whose first come in before all else is done
+//
+// Whoever brings a key in also writes down its log-weight, and whether a tile is odd: whether one of its keys is not there,
+// or has another weight than the level's.
+#pragma once
+#include <levels.cuh>
+#include <tiles.cuh>
+
+constexpr int THREADS = WARPS * WARP;
+constexpr int ROWS = WARPS * 16;
+constexpr int ROWS_BITS = WARPS == 1 ? 4 : WARPS == 2 ? 5 : WARPS == 4 ? 6 : 7;
+
+// A tile of 16 keys and values, with what a logit needs besides the scores.
+struct Tile {
+    const Element *k, *v;       // [16, PITCH]
+    const float* log_weights;   // [16], of use only where the tile is odd
+    float log_count;            // of the level
+    bool odd, halves;           // halves: the first 8 keys are for rows 0 .. 7, the others for rows 8 .. 15
+};
+
+// Turns scores into logits where the tile is odd, so that they need neither scale nor log-weight any more.
+__device__ __forceinline__ void weigh_odd(float (&s)[2][4], const Tile& tile, float& scale, float& log_count, int lane) {
+    if (!tile.odd) return;
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        const float2 log_weight = *reinterpret_cast<const float2*>(tile.log_weights + n * 8 + lane % 4 * 2);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float w = i % 2 ? log_weight.y : log_weight.x;
+            s[n][i] = w == -INFINITE || (tile.halves && n != i / 2) ? -INFINITE : s[n][i] * scale + w;
+        }
+    }
+    scale = 1;
+    log_count = 0;
+}
+
+// The queries of a block: ROWS from `first` on, of which a warp's begin at `own_first`.
+struct Queries {
+    int first, own_first, queries, dims, value_dims, block_bits, levels;
+    i64 i_batch, i_head, i_kv;
+};
+
+// Brings ROWS_HERE tokens of a level into a tile of keys and one of values, with their log-weights; returns whether one of
+// those that this thread brought is odd. run_of(i): the first of the tokens for rows 8 i .. 8 i + 7, or -1.
+template <int ROWS_HERE, int THREADS_HERE, class RunOf>
+__device__ __forceinline__ bool bring(Element* tile, float* log_weights, const Level& level, const Element* k,
+                                      const Element* v, int dims, int value_dims, int i_thread, RunOf run_of) {
+    bool odd = false;
+    for_pieces<ROWS_HERE, THREADS_HERE>(i_thread, [&](int row, int o_dim) {
+        const int run = run_of(row / RUN), token = run + row % RUN;
+        const bool is_there = run >= 0 && token < level.length;
+        Element* to = tile + row * PITCH + o_dim;
+        stage_piece(to, k + o_dim * level.k.dim, level.k, token, is_there && o_dim < dims);
+        stage_piece(to + ROWS_HERE * PITCH, v + o_dim * level.v.dim, level.v, token, is_there && o_dim < value_dims);
+        if (o_dim == 0) {
+            const float log_weight = token == level.length - 1 ? level.log_last : level.log_count;
+            log_weights[row] = is_there ? log_weight : -INFINITE;
+            odd |= !is_there || log_weight != level.log_count;
+        }
+    });
+    return odd;
+}
+
+// What is brought in next of a list: a tile of places of one level, whose keys and values begin at k and v.
+struct Next {
+    int i_level, place, places;
+    const Element *k, *v;
+    const int *upper, *lower;   // rows of S_{l+1}; two only for b = 8 on level 0: one for each half of 16 queries
+};
+
+// Calls use(tile) for every tile of the lists. coarse: [STAGES][keys, values][KEYS, PITCH] of the block; ring: [STAGES]
+// [keys, values][16, PITCH] of the warp.
+template <class Use>
+__device__ __forceinline__ void walk(const Queries& q, const Level* level_of, Element* coarse, Element* ring, Use use) {
+    constexpr int TILE = 2 * 16 * PITCH, SHARED_TILE = 2 * KEYS * PITCH;
+    __shared__ float coarse_weights[STAGES][KEYS];
+    __shared__ float fine_weights[WARPS][STAGES][16];
+    const int i_thread = threadIdx.x, lane = i_thread % WARP, i_warp = i_thread / WARP;
+
+    int shared_levels = 0;
+    while (shared_levels < q.levels && level_of[shared_levels].span_bits >= ROWS_BITS) shared_levels++;
+
+    auto enter = [&](Next& at, int i_level, int end, int query) {   // the list of the queries around `query` on a level
+        at.i_level = i_level;
+        at.place = 0;
+        if (i_level == end) return;
+        const Level& level = level_of[i_level];
+        at.places = places(level, q.block_bits);
+        at.k = head_of<const Element>(level.k, q.i_batch, q.i_kv);
+        at.v = head_of<const Element>(level.v, q.i_batch, q.i_kv);
+        at.upper = query < q.queries ? parents_of(level, q.i_batch, q.i_head, query) : nullptr;
+        at.lower = query + 8 < q.queries ? parents_of(level, q.i_batch, q.i_head, query + 8) : nullptr;
+    };
+
+    // --- the finer levels: what the warp brings in for itself. There is always a list: the coarsest level is not fine.
+    u32 odd_stages = 0;   // bit i: what this lane brought into stage i of the ring is odd
+    auto fetch = [&](Next& at, int i_stage) {
+        if (at.i_level < q.levels) {
+            const Level& level = level_of[at.i_level];
+            const bool halves = level.span_bits < 4;
+            const int upper = at.upper ? run_at(level, at.upper, at.place, q.block_bits) : -1;
+            int lower = upper < 0 ? -1 : upper + RUN;
+            if (halves) lower = at.lower ? run_at(level, at.lower, at.place, q.block_bits) : -1;
+            else if (q.block_bits == 3) lower = at.upper ? run_at(level, at.upper, at.place + RUN, q.block_bits) : -1;
+            const bool odd = bring<16, WARP>(ring + i_stage * TILE, fine_weights[i_warp][i_stage], level, at.k, at.v, q.dims,
+                                             q.value_dims, lane, [&](int i) { return i ? lower : upper; });
+            odd_stages = (odd_stages & ~(1u << i_stage)) | u32(odd) << i_stage;
+            at.place += halves ? RUN : 16;
+            if (at.place >= at.places) enter(at, at.i_level + 1, q.levels, q.own_first);
+        }
+        copies_commit();
+    };
+    Next own;
+    enter(own, shared_levels, q.levels, q.own_first);
+    for (int i = 0; i < STAGES; i++) fetch(own, i);
+
+    // --- the coarser levels, by all warps
+    Next next;
+    enter(next, 0, shared_levels, q.first);
+    auto bring_next = [&](int i_stage) {
+        bool odd = false;
+        if (next.i_level < shared_levels) {
+            const Level& level = level_of[next.i_level];
+            odd = bring<KEYS, THREADS>(coarse + i_stage * SHARED_TILE, coarse_weights[i_stage], level, next.k, next.v, q.dims,
+                                       q.value_dims, i_thread, [&](int i) {
+                                           const int place = next.place + i * RUN;
+                                           return next.upper ? run_at(level, next.upper, place, q.block_bits) : place;
+                                       });
+            next.place += KEYS;
+            if (next.place >= next.places) enter(next, next.i_level + 1, shared_levels, q.first);
+        }
+        copies_commit();
+        return odd;
+    };
+    int i_stage = 0;
+    bool odd = STAGES == 2 && bring_next(0);
+    for (int i_level = 0; i_level < shared_levels; i_level++) {
+        const Level& level = level_of[i_level];
+        const float log_count = level.log_count;
+        const int level_places = places(level, q.block_bits);
+        for (int o_place = 0; o_place < level_places; o_place += KEYS) {
+            const bool odd_here = odd;
+            odd = bring_next(STAGES == 2 ? i_stage ^ 1 : 0);
+            copies_wait<STAGES - 1>();
+            const bool is_tile_odd = __syncthreads_or(STAGES == 2 ? odd_here : odd);
+            const Element *k = coarse + i_stage * SHARED_TILE, *v = k + KEYS * PITCH;
+#pragma unroll
+            for (int o = 0; o < KEYS; o += 16)
+                use(Tile{k + o * PITCH, v + o * PITCH, coarse_weights[i_stage] + o, log_count, is_tile_odd, false});
+            __syncthreads();
+            if (STAGES == 2) i_stage ^= 1;
+        }
+    }
+
+    // --- the finer ones, by each warp for itself
+    i_stage = 0;
+    for (int i_level = shared_levels; i_level < q.levels; i_level++) {
+        const Level& level = level_of[i_level];
+        const float log_count = level.log_count;
+        const bool halves = level.span_bits < 4;
+        const int level_places = places(level, q.block_bits);
+        for (int o_place = 0; o_place < level_places; o_place += halves ? RUN : 16) {
+            copies_wait<STAGES - 1>();
+            const bool is_tile_odd = __any_sync(~0u, odd_stages >> i_stage & 1) || halves;   // and all lanes' copies are there
+            const Element *k = ring + i_stage * TILE, *v = k + 16 * PITCH;
+            use(Tile{k, v, fine_weights[i_warp][i_stage], log_count, is_tile_odd, halves});
+            __syncwarp();
+            fetch(own, i_stage);
+            if (STAGES == 2) i_stage ^= 1;
+        }
+    }
+    copies_wait<0>();
+    __syncwarp();
+}
+
+// Shared memory of a block of queries: coarse tiles, rings, and the tiles of rows that stay; as `split.py` reserves it.
+__device__ __forceinline__ Element* coarse_tiles() { return reinterpret_cast<Element*>(shared_memory()); }
+__device__ __forceinline__ Element* ring_of(int i_warp) {
+    return coarse_tiles() + STAGES * 2 * KEYS * PITCH + i_warp * STAGES * 2 * 16 * PITCH;
+}
+__device__ __forceinline__ Element* kept_rows(int i_warp, int tiles) {
+    return ring_of(WARPS) + i_warp * tiles * 16 * PITCH;
+}
+
+// Which queries this block has. List: (batch entry, head).
+__device__ __forceinline__ Queries queries_of_block(int queries, int heads, int kv_heads, int dims, int value_dims,
+                                                    int block_bits, int levels, u32& i_list) {
+    const u32 tiles = (queries + ROWS - 1) / u32(ROWS), i_tile = blockIdx.x % tiles;
+    i_list = blockIdx.x / tiles;
+    const u32 i_head = i_list % heads;
+    Queries q{int(i_tile * ROWS), int(i_tile * ROWS + threadIdx.x / WARP * 16), queries, dims, value_dims, block_bits, levels};
+    q.i_batch = i_list / heads;
+    q.i_head = i_head;
+    q.i_kv = i_head / u32(heads / kv_heads);
+    return q;
+}
