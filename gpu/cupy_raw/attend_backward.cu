@@ -368,7 +368,7 @@ extern "C" __global__ void __launch_bounds__(KEY_WARPS * WARP, KEY_BLOCKS) key_g
 
 // The coarsest level. A block has KEY_WARPS times 16 keys and one piece of all queries of all heads of a group; its warps
 // share each tile of 16 queries. Pieces' sums lie one behind the other, and `unpool` adds them in order.
-extern "C" __global__ void __launch_bounds__(KEY_WARPS * WARP, KEY_BLOCKS)
+extern "C" __global__ void __launch_bounds__(KEY_WARPS * WARP, DENSE_BLOCKS)
 key_gradient_dense(const __grid_constant__ Arguments a) {
     constexpr int RING = 2 * 16 * PITCH, ALL = KEY_WARPS * WARP;
     __shared__ Row row_tiles[KEY_STAGES][16];

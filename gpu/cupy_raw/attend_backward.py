@@ -21,6 +21,7 @@ UNPOOL = Struct("3Qq5i2f0q")
 FINISH = Struct(f"4Q{ARRAY}7i0q")
 CLEAR = Struct("Qq")
 UNPOOL_THREADS = 256
+FINISH_PARENTS = 8
 DENSE_PIECES = 16
 """Pieces of all queries that the coarsest level's keys are given to, at most: their sums take memory."""
 MOST_BOTH = 128
@@ -33,15 +34,18 @@ class KeySplit(NamedTuple):
     KEY_WARPS: int
     KEY_STAGES: int
     KEY_BLOCKS: int
+    """Blocks of a multiprocessor for which registers are kept."""
+    DENSE_BLOCKS: int
+    """The same for the coarsest level."""
 
 
 def key_split_for(tile: Tile) -> KeySplit:
     """So that two blocks or more fit into a multiprocessor's shared memory, and one on every card."""
     if tile.row_bytes <= 128:
-        return KeySplit(KEY_WARPS=4, KEY_STAGES=2, KEY_BLOCKS=3)
+        return KeySplit(KEY_WARPS=4, KEY_STAGES=2, KEY_BLOCKS=3, DENSE_BLOCKS=3)
     if tile.row_bytes <= 384:
-        return KeySplit(KEY_WARPS=4, KEY_STAGES=1, KEY_BLOCKS=2)
-    return KeySplit(KEY_WARPS=2 if tile.row_bytes <= 768 else 1, KEY_STAGES=1, KEY_BLOCKS=1)
+        return KeySplit(KEY_WARPS=4, KEY_STAGES=1, KEY_BLOCKS=2, DENSE_BLOCKS=2)
+    return KeySplit(KEY_WARPS=2 if tile.row_bytes <= 768 else 1, KEY_STAGES=1, KEY_BLOCKS=1, DENSE_BLOCKS=1)
 
 
 class Kernels(NamedTuple):
@@ -268,7 +272,7 @@ def attend_backward(
                         *(pointer(of_levels[level]) if level > 0 else 0, *array(gradient)),
                         *(kv_heads, lists, of.parents, of.spare, hierarchy.lengths[level], gradient.shape[3], block_bits),
                     )
-                    launch(unpool_kernel("finish", dtype), lists * of.parents, finish, stream)
+                    launch(unpool_kernel("finish", dtype), -(-lists * of.parents // FINISH_PARENTS), finish, stream)
         if level == 0:
             return
         for _, parts, of_levels in wanted:

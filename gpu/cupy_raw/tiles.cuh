@@ -20,7 +20,7 @@ constexpr int K_DIMS = WIDTH / 16;   // steps of a contraction over the dims
 // piece comes element by element, and without running ahead.
 __device__ __forceinline__ void stage_piece(Element* to, const Element* column, const Array& of, int row, bool is_there) {
 #if WHOLE
-    copy_async(to, column + (is_there ? i64(row) * int(of.token) : 0), is_there);
+    copy_async(to, column + i64(row) * int(of.token), is_there);   // no address is looked at where nothing is there
 #else
 #pragma unroll
     for (int d = 0; d < PIECE; d++) to[d] = is_there ? column[row * of.token + d * of.dim] : to_element(0.f);

@@ -42,13 +42,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) count_pairs(const __grid_c
         atomicAdd(a.starts + i_list * (i64(a.parents) * a.ranges + 1) + i64(parent) * a.ranges + row / a.rows_per_range, 1);
 }
 
-// Every number becomes the sum of those before it: SUM_THREADS at a time, within warps by doubling steps, then over warps.
+constexpr int EACH = 4;   // numbers in a row of a thread
+
+// Every number becomes the sum of those before it: EACH times SUM_THREADS at a time, first a thread's own, then within warps
+// by doubling steps, then over warps.
 __device__ __forceinline__ void sum_up(int* numbers, int length) {
     __shared__ int of_warps[WARP];
     const int lane = threadIdx.x % WARP, i_warp = threadIdx.x / WARP;
     int before = 0;
-    for (int o = 0; o < length; o += SUM_THREADS) {
-        const int i = o + threadIdx.x, number = i < length ? numbers[i] : 0;
+    for (int o = 0; o < length; o += EACH * SUM_THREADS) {
+        const int first = o + threadIdx.x * EACH;
+        int own[EACH], number = 0;   // sums of the thread's numbers before each; of all of them
+        for (int j = 0; j < EACH; j++) {
+            own[j] = number;
+            number += first + j < length ? numbers[first + j] : 0;
+        }
         int sum = number;
         for (int step = 1; step < WARP; step *= 2) {
             const int other = __shfl_up_sync(~0u, sum, step);
@@ -62,7 +70,8 @@ __device__ __forceinline__ void sum_up(int* numbers, int length) {
             all += of_warps[w];
         }
         __syncthreads();
-        if (i < length) numbers[i] = before + warps_before + sum - number;
+        for (int j = 0; j < EACH; j++)
+            if (first + j < length) numbers[first + j] = before + warps_before + sum - number + own[j];
         before += all;
     }
     __syncthreads();
@@ -99,12 +108,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) place_pairs(const __grid_c
     for (int o = i_range * a.rows_per_range * a.columns; o < end; o += WARP) {
         const int pair = o + lane;
         const int parent = pair < end ? parent_at(a, i_list, pair / a.columns, pair % a.columns) : -1;
-        int before = 0, alike = 0;
-        for (int other = 0; other < WARP; other++) {
-            const bool same = __shfl_sync(~0u, parent, other) == parent;
-            alike += same;
-            before += same && other < lane;
-        }
+        const u32 same = __match_any_sync(~0u, parent);   // the lanes that hold the same parent
+        const int alike = __popc(same), before = __popc(same & ((1u << lane) - 1));
         int start = 0;
         if (parent >= 0) {
             start = starts[i64(parent) * a.ranges];

@@ -36,9 +36,9 @@ struct Finish {
     int kv_heads, lists, parents, spare, length, dims, block_bits;
 };
 
-// A block takes one parent; those with one piece are done already.
-extern "C" __global__ void __launch_bounds__(THREADS) finish(const __grid_constant__ Finish a) {
-    const int i_list = blockIdx.x / u32(a.parents), parent = blockIdx.x % u32(a.parents);
+constexpr int PARENTS = 8;
+
+__device__ __forceinline__ void finish_parent(const Finish& a, int i_list, int parent) {
     const int* items = a.items + i64(i_list) * (a.parents + 1);
     const int extras = items[parent] - parent, pieces = items[parent + 1] - items[parent];
     if (pieces == 1) return;
@@ -57,6 +57,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish(const __grid_consta
                 to_element(total);
         }
     }
+}
+
+// A block takes PARENTS parents; those with one piece are done already.
+extern "C" __global__ void __launch_bounds__(THREADS) finish(const __grid_constant__ Finish a) {
+    const i64 first = i64(blockIdx.x) * PARENTS, end = min(first + PARENTS, i64(a.lists) * a.parents);
+    for (i64 i = first; i < end; i++) finish_parent(a, i / a.parents, i % a.parents);
 }
 
 struct Clear {

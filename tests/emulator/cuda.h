@@ -138,6 +138,13 @@ inline unsigned __ballot_sync(unsigned, int x) {
         return bits;
     });
 }
+template <class T> unsigned __match_any_sync(unsigned, T x) {
+    return emulator::together({uint64_t(int64_t(x))}, [&](auto& slot) {
+        unsigned bits = 0;
+        for (int i = 0; i < 32; i++) bits |= unsigned(slot[i][0] == uint64_t(int64_t(x))) << i;
+        return bits;
+    });
+}
 inline int __any_sync(unsigned mask, int x) { return __ballot_sync(mask, x) != 0; }
 inline int __all_sync(unsigned mask, int x) { return __ballot_sync(mask, x) == ~0u; }
 inline unsigned __reduce_add_sync(unsigned, unsigned x) {
