@@ -1,6 +1,7 @@
 # make demo   attend over the 65,536 pixels of a photograph; pictures in demo/
-# make test   everything that is tested without a GPU, documentation included (with one, the GPU too), the Numba kernels
-#             in Numba's simulator
+# make test   everything that is tested without a GPU, documentation included (with one, the GPU too): the Numba kernels
+#             in Numba's simulator, those in CUDA C++ by an emulator (which needs g++)
+# make kernels  every CUDA C++ kernel for every architecture, with its registers and spills
 # make lint   ruff and mypy
 # make bench  this machine's backends against dense attention (PyTorch's); figures in build/bench.json
 # make gpu-report  on a machine with a GPU: suite, compute-sanitizer and speed into docs/measurements/
@@ -16,7 +17,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint tests
 DRIVER := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 | cut -d. -f1)
 GPU := $(if $(DRIVER),$(shell test $(DRIVER) -ge 580 && echo ,cuda13 || echo ,cuda12))
 
-.PHONY: demo test lint bench docs gpu-report clean
+.PHONY: demo test kernels lint bench docs gpu-report clean
 
 demo: $(VENV)/.explain
 	$(BIN)/llsa explain --out demo
@@ -24,6 +25,10 @@ demo: $(VENV)/.explain
 test: $(VENV)/.test
 	$(BIN)/pytest -n 2
 	NUMBA_ENABLE_CUDASIM=1 $(BIN)/pytest -n 2
+	$(if $(shell command -v g++),LLSA_CUDA_EMULATOR=1 $(BIN)/pytest -n 2,@echo "the CUDA C++ kernels were not emulated: there is no g++")
+
+kernels: $(VENV)/.test
+	LLSA_ALL_KERNELS=1 $(BIN)/pytest -rP -k test_all_specialisations_compile tests/test_cuda_kernels.py
 
 bench: $(VENV)/.bench
 	$(BIN)/llsa bench --out build/bench.json

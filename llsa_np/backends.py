@@ -186,6 +186,9 @@ def _reasons(name: str) -> tuple[str, ...]:
         )
     if name == "numba_cuda" and _simulated():
         return tuple(reasons)
+    if name == "cupy_raw" and _cuda_devices() and _compute_capability() < (8, 0):
+        major, minor = _compute_capability()
+        reasons.append(f"the device has compute capability {major}.{minor}, these kernels need 8.0 or more")
     if not _cuda_devices():
         simulator = " (NUMBA_ENABLE_CUDASIM=1 runs these kernels in Numba's simulator)" if name == "numba_cuda" else ""
         reasons.append(f"no CUDA device: the NVIDIA driver is missing or shows none{simulator}")
@@ -204,15 +207,26 @@ def _installed(module: str) -> bool:
         return False
 
 
+def _compute_capability() -> tuple[int, int]:
+    """The highest of the devices that the driver shows."""
+    return max((capability for capability in _devices()), default=(0, 0))
+
+
 def _cuda_devices() -> int:
-    """How many devices the NVIDIA driver shows; 0 without a driver.
+    """How many devices the NVIDIA driver shows; 0 without a driver."""
+    return len(_devices())
+
+
+def _devices() -> list[tuple[int, int]]:
+    """The compute capability of every device that the NVIDIA driver shows; none without a driver.
 
     NVML is asked, which leaves CUDA itself untouched: a process that forks later could not use it in the child. It
     does not know of CUDA_VISIBLE_DEVICES, whose first entry may hide all.
     """
+    found: list[tuple[int, int]] = []
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip() in ("", "-1"):
-        return 0
-    count = ctypes.c_uint(0)
+        return found
+    count, major, minor, handle = ctypes.c_uint(0), ctypes.c_int(0), ctypes.c_int(0), ctypes.c_void_p()
     for library in ("libnvidia-ml.so.1", "nvml.dll"):
         try:
             driver = ctypes.CDLL(library)
@@ -220,5 +234,9 @@ def _cuda_devices() -> int:
             continue
         if driver.nvmlInit_v2() == 0:
             driver.nvmlDeviceGetCount_v2(ctypes.byref(count))
+            for i in range(count.value):
+                driver.nvmlDeviceGetHandleByIndex_v2(i, ctypes.byref(handle))
+                driver.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor))
+                found.append((major.value, minor.value))
             driver.nvmlShutdown()
-    return count.value
+    return found

@@ -23,7 +23,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 ARRAYS = ("x", "q", "k", "v", "dout", "out", "lse", "selection", "dlse")
 """The arguments that lie on a device or on the host; the others are options."""
 
-ON_A_DEVICE: tuple[BackendName, ...] = ("numba_cuda",)
+ON_A_DEVICE: tuple[BackendName, ...] = ("numba_cuda", "cupy_raw")
 """Backends that serve Numba's device arrays, as which the copies go in."""
 
 

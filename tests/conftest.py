@@ -7,7 +7,7 @@ import frameworks
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
-from strategies import SIMULATED
+from strategies import EMULATED, SIMULATED, running
 
 import llsa_np as llsa
 from llsa_np.adapters.numpy_arrays import NumpyAdapter
@@ -16,6 +16,10 @@ if SIMULATED:
     import simulator
 
     simulator.install()
+if EMULATED:
+    import cuda_emulator
+
+    cuda_emulator.install()
 
 settings.register_profile(
     "suite",
@@ -27,8 +31,11 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
-# In the simulator's own process the Numba kernels alone are tested.
-BACKENDS = ["numba_cuda"] if SIMULATED else [name for name, reasons in llsa.backends().items() if not reasons]
+# In the simulator's own process the Numba kernels alone are tested, in the emulator's those in CUDA C++.
+if SIMULATED or EMULATED:
+    BACKENDS = ["numba_cuda" if SIMULATED else "cupy_raw"]
+else:
+    BACKENDS = [name for name, reasons in llsa.backends().items() if not reasons]
 
 
 def pytest_generate_tests(metafunc):
@@ -49,15 +56,32 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """In the simulator's process, only what calls a backend, and the Numba kernels' own tests."""
-    if SIMULATED:
+    """In the simulator's and the emulator's process, only what calls a backend, and its kernels' own tests."""
+    if SIMULATED or EMULATED:
+        own = "numba" if SIMULATED else "cuda_kernels"
         ours = [
             item
             for item in items
-            if "numba" in item.path.stem or "backend" in getattr(getattr(item, "callspec", None), "params", ())
+            if own in item.path.stem or "backend" in getattr(getattr(item, "callspec", None), "params", ())
         ]
         config.hook.pytest_deselected(items=[item for item in items if item not in ours])
         items[:] = ours
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Cases are drawn such that the test's backend serves them. A case that is written out and that it refuses is
+    skipped, with its words."""
+    backend = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
+    running["backend"] = backend
+    try:
+        return (yield)
+    except NotImplementedError as refusal:
+        if backend == "cupy_raw" and "cupy_raw serves" in str(refusal):
+            pytest.skip(str(refusal))
+        raise
+    finally:
+        running["backend"] = None
 
 
 def poison(array):

@@ -18,31 +18,46 @@ KERNELS = Path(__file__).parent.parent / "gpu" / "cupy_raw"
 FLAGS = ("-std=c++20", "-O1", "-fPIC", "-shared", "-w")
 
 
+KERNELS_OF = {
+    "pool.cu": ("pool", "pool_sums"),
+    "select.cu": ("select",),
+    "attend.cu": ("attend",),
+    "attend_backward.cu": (
+        *("prepare", "query_gradient"),
+        *("key_gradient", "key_gradient_joint", "key_gradient_dense"),
+    ),
+    "transpose.cu": ("clear_starts", "count_pairs", "sum_counts", "place_pairs"),
+    "unpool.cu": ("unpool", "finish", "clear"),
+}
+HEAD = """
+#include "cuda.h"
+#define select select_candidates  // the C library has a function of this name
+#define main_of(name) \\
+    extern "C" void run_##name(const void* a, int blocks, int threads, int shared) { \\
+        run_it(name, a, blocks, threads, shared); \\
+    } \\
+    extern "C" int size_of_##name() { return size_of(name); }
+template <class A> void run_it(void (*kernel)(A), const void* a, int blocks, int threads, int shared) {
+    emulator::launch(blocks, threads, shared, [&] { kernel(*static_cast<const A*>(a)); });
+}
+template <class A> int size_of(void (*kernel)(A)) { return sizeof(A); }
+"""
+
+
 @cache
-def library(kernel):
-    """The kernel as a function (arguments, blocks), compiled once for all processes."""
-    defines = [f"-D{name}={value}" for name, value in kernel.defines]
-    sources = sorted([*HERE.glob("*"), *KERNELS.glob("*.cu*")])
-    digest = hashlib.sha256(repr((kernel.source, kernel.name, defines, FLAGS)).encode())
-    for path in sources:
+def library(source, defines):
+    """A source with its kernels as functions, compiled once for all processes."""
+    flags = [*FLAGS, f"-I{HERE}", f"-I{KERNELS}", *(f"-D{name}={value}" for name, value in defines)]
+    digest = hashlib.sha256(repr((source, flags, HEAD)).encode())
+    for path in sorted([*HERE.glob("*"), *KERNELS.glob("*.cu*")]):
         digest.update(path.read_bytes())
     folder = Path(tempfile.gettempdir()) / f"llsa-emulator-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     built = folder / f"{digest.hexdigest()[:32]}.so"
     if not built.exists():
-        code = f"""
-#include "cuda.h"
-#define {kernel.name} kernel_{kernel.name}
-#include "{KERNELS / kernel.source}"
-template <class A> void run_it(void (*kernel)(A), const void* a, int blocks, int threads, int shared) {{
-    emulator::launch(blocks, threads, shared, [&] {{ kernel(*static_cast<const A*>(a)); }});
-}}
-template <class A> int size_of(void (*kernel)(A)) {{ return sizeof(A); }}
-extern "C" void run(const void* a, int blocks, int threads, int shared) {{ run_it({kernel.name}, a, blocks, threads, shared); }}
-extern "C" int size_of_arguments() {{ return size_of({kernel.name}); }}
-"""
+        code = f'{HEAD}#include "{KERNELS / source}"\n' + "".join(f"main_of({name})\n" for name in KERNELS_OF[source])
         part = built.with_suffix(f".{os.getpid()}")
-        command = ["g++", *FLAGS, f"-I{HERE}", f"-I{KERNELS}", *defines, "-x", "c++", "-", "-o", str(part)]
+        command = ["g++", *flags, "-x", "c++", "-", "-o", str(part)]
         done = subprocess.run(command, input=code, text=True, capture_output=True, check=False)
         assert done.returncode == 0, done.stderr[:4000]
         part.replace(built)
@@ -52,10 +67,11 @@ extern "C" int size_of_arguments() {{ return size_of({kernel.name}); }}
 def launch(kernel, blocks, arguments, stream):
     if blocks == 0:
         return
-    run = library(kernel)
-    assert run.size_of_arguments() == len(arguments), f"{kernel.source}: its struct and what is packed differ"
+    functions = library(kernel.source, kernel.defines)
+    size = getattr(functions, f"size_of_{kernel.name}")()
+    assert size == len(arguments), f"{kernel.name}: its struct has {size} bytes, what is packed {len(arguments)}"
     assert stream == 0
-    run.run(arguments, blocks, kernel.threads, kernel.shared_bytes)
+    getattr(functions, f"run_{kernel.name}")(arguments, blocks, kernel.threads, kernel.shared_bytes)
 
 
 def install():
@@ -64,12 +80,14 @@ def install():
     backends.DEVICES["cupy_raw"] = "cpu"
     found = backends._reasons
     backends._reasons = lambda name: () if name == "cupy_raw" else found(name)
-    ours = {"launch": launch, "pointer": lambda x: x.__array_interface__["data"][0], "on_device": lambda _: nullcontext()}
+    ours = {
+        "launch": launch,
+        "pointer": lambda x: x.__array_interface__["data"][0],
+        "on_device": lambda _: nullcontext(),
+    }
+    importlib.import_module("llsa_np.copies").ON_A_DEVICE = ("numba_cuda",)
     for name in ("program", "pool", "select", "attend", "attend_backward", "transpose", "backend"):
-        try:
-            module = importlib.import_module(f"llsa_np.gpu.cupy_raw.{name}")
-        except ModuleNotFoundError:
-            continue
+        module = importlib.import_module(f"llsa_np.gpu.cupy_raw.{name}")
         for attribute, value in ours.items():
             if hasattr(module, attribute):
                 setattr(module, attribute, value)

@@ -4,7 +4,7 @@ import ctypes
 import importlib.util
 
 import numpy as np
-from strategies import SIMULATED
+from strategies import EMULATED, SIMULATED
 
 import llsa_np as llsa
 
@@ -72,6 +72,7 @@ class CuPy:
 HAS_CUPY = not SIMULATED and not llsa.backends()["numba_cuda"] and importlib.util.find_spec("cupy") is not None
 OF_BACKEND = {
     "numpy": [NumPy],
-    "numba_cuda": [Numba] if SIMULATED else [NumPy, Numba, *([CuPy] if HAS_CUPY else [])],
+    "cupy_raw": [NumPy] if EMULATED else [CuPy, Numba],
+    "numba_cuda": [Numba] if SIMULATED else [Numba, *([CuPy] if HAS_CUPY else [])],
 }
 """The frameworks whose arrays each backend is called with."""

@@ -94,7 +94,7 @@ def suite(_):
             "pytest",
             "-q",
             "-n",
-            str(min(12, os.cpu_count() or 1)),
+            str(min(16, os.cpu_count() or 1)),
             "-p",
             "no:cacheprovider",
         ]

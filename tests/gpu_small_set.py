@@ -61,7 +61,8 @@ def main():
     backends = [name for name, reasons in llsa.backends().items() if not reasons and name != "numpy"]
     for backend in backends:
         for framework in frameworks.OF_BACKEND[backend]:
-            for case in CASES:
+            for drawn in CASES:
+                case = drawn.served(backend)
                 results = run(case, backend, framework)
                 assert_within_bounds(case, results, reference(case, results.selection))
     missed = numba_kernels() - launched

@@ -34,7 +34,18 @@ class Limits:
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") not in ("", "0")
 """Whether this process runs the Numba kernels in Numba's simulator, a thousand times slower than anything else."""
 
-LIMITS = Limits(tokens=32, dim=8, heads=2, block_size=5, topk=6, levels=3, examples=8) if SIMULATED else Limits()
+EMULATED = os.environ.get("LLSA_CUDA_EMULATOR", "0") not in ("", "0")
+"""Whether this process runs the CUDA C++ kernels on the CPU, by tests/cuda_emulator.py, ten thousand times slower."""
+
+if SIMULATED:
+    LIMITS = Limits(tokens=32, dim=8, heads=2, block_size=5, topk=6, levels=3, examples=8)
+elif EMULATED:
+    LIMITS = Limits(tokens=100, dim=32, heads=2, block_size=20, topk=6, levels=3, examples=4)
+else:
+    LIMITS = Limits()
+
+running: dict[str, str | None] = {"backend": None}
+"""The backend that the test now running is for: a drawn Case is one that it serves."""
 
 
 def examples(number):
@@ -86,6 +97,20 @@ class Case:
 
     def but(self, **changes):
         return replace(self, **changes)
+
+    def served(self, backend=None):
+        """The nearest case that a backend serves: that of the running test, unless one is named."""
+        if (running["backend"] if backend is None else backend) != "cupy_raw":
+            return self
+        dims = {name: max(16, -(-getattr(self, name) // 8) * 8) for name in ("dim", "value_dim")}
+        block_size = next(size for size in (8, 16, 32, 64) if size >= min(self.block_size, 64))
+        case = self.but(block_size=block_size, dtype="float32" if self.dtype == "float64" else self.dtype, **dims)
+        topk, enrich = self.topk, self.enrich
+        if isinstance(topk, tuple):
+            topk = (topk * case.depth)[: case.depth]
+        if enrich is not None:
+            enrich = tuple(level for level in enrich if level <= case.depth)
+        return case.but(topk=topk, enrich=enrich)
 
     def arrays(self):
         """q, k, v, dout, dlse as NumPy arrays in the case's dtype, layout and memory order; dlse never in a layout."""
@@ -174,7 +199,7 @@ def cases(draw, limits=LIMITS, dtypes=tuple(DTYPES), **fixed):
         exponents=draw(st.tuples(exponent, exponent, exponent, exponent)),
         seed=draw(st.integers(0, 2**16)),
     )
-    return drawn.but(**fixed)
+    return drawn.but(**fixed).served()
 
 
 def token_counts(block_size, limits):

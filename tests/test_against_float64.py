@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from calls import assert_same_bits, assert_within_bounds, reference, run, with_arrays
 from hypothesis import given, settings
-from strategies import DTYPES, SIMULATED, Case, cases, examples
+from strategies import DTYPES, EMULATED, SIMULATED, Case, cases, examples
 
 import llsa_np as llsa
 from llsa_np.accuracy import SMALLEST_FLOAT16, UNIT_ROUNDOFF, selection_is_right
@@ -114,7 +114,7 @@ LARGE = [
 ]
 
 
-if SIMULATED:
+if SIMULATED or EMULATED:
     LARGE = [
         Case(dtype="float32", key_tokens=70, query_tokens=33, dim=9, value_dim=7, block_size=16, topk=3, group=2),
         Case(dtype="bfloat16", key_tokens=40, query_tokens=40, block_size=9, topk=6, data="one_popular_key"),
@@ -124,6 +124,7 @@ if SIMULATED:
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: f"{case.key_tokens}-{case.block_size}-{case.dtype}")
 def test_many_tiles(backend, framework, case):
     """Lengths that need many tiles of queries and several pieces of candidates, against code that has neither."""
+    case = case.served()
     results = run(case, backend, framework)
     expected = reference(case, results.selection)
     enrich, scale = tuple(range(1, case.depth + 1)), case.dim**-0.5

@@ -144,7 +144,7 @@ def test_layout(framework):
 
 def test_halves_of_the_keys(backend, framework):
     """Dense attention over two halves of the keys, merged, is dense attention over all."""
-    case = Case(dtype="float32", key_tokens=64, query_tokens=40, enrich=(), topk=64, levels=2, dim=8)
+    case = Case(dtype="float32", key_tokens=64, query_tokens=40, enrich=(), topk=64, levels=2, dim=8).served()
     q, k, v, dout, dlse = case.arrays()
     whole = run(case, backend, framework)
     halves = [

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from calls import assert_same_bits, run
-from strategies import SIMULATED, Case
+from strategies import EMULATED, SIMULATED, Case
 from threadpoolctl import threadpool_info
 
 from llsa_np.threads import run as run_tasks
@@ -18,12 +18,12 @@ def blas_threads():
     return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
 
 
-@pytest.mark.skipif(SIMULATED, reason="Numba's simulator runs one launch at a time, slowly")
+@pytest.mark.skipif(SIMULATED or EMULATED, reason="runs one launch at a time, slowly")
 def test_calls_from_many_threads_at_once(backend, framework):
     before = blas_threads()
-    expected = run(CASE, backend, framework)
+    expected = run(CASE.served(), backend, framework)
     with ThreadPoolExecutor(8) as pool:
-        for results in pool.map(lambda _: run(CASE, backend, framework), range(24)):
+        for results in pool.map(lambda _: run(CASE.served(), backend, framework), range(24)):
             for name in expected.arrays:
                 assert_same_bits(results[name], expected[name])
     assert blas_threads() == before, "the number of BLAS threads was not put back"

@@ -72,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
     Element* own_rows = ROWS_IN_REGISTERS ? ring : kept_rows(i_warp, 1);   // [16, PITCH], of queries, then of results
 
     stage<16, WARP>(own_rows, head_of<const Element>(a.q, q.i_batch, q.i_head), a.q, a.dims, lane,
-                    [&](int row) { return q.own_first + row < a.queries ? q.own_first + row : -1; });
+                    [&](int row) { return row < q.own ? q.own_first + row : -1; });
     copies_commit();
     copies_wait<0>();
     __syncwarp();
@@ -101,11 +101,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
         factor[half] = sum == 0 ? 0 : 1 / sum;   // no candidates: out 0, lse -inf
-        const int query = q.own_first + half * 8 + lane / 4;
-        if (lane % 4 == 0 && query < a.queries)
-            a.lse[i64(i_list) * a.queries + query] = sum == 0 ? -INFINITE : (so_far.top[half] + log2f(sum)) * LOG_2;
+        const int row = half * 8 + lane / 4;
+        if (lane % 4 == 0 && row < q.own)
+            a.lse[i64(i_list) * a.queries + q.own_first + row] = sum == 0 ? -INFINITE : (so_far.top[half] + log2f(sum)) * LOG_2;
     }
     write_rows(so_far.o, factor[0], factor[1], own_rows,
-               head_of<Element>(a.out, q.i_batch, q.i_head) + q.own_first * a.out.token, a.out, a.queries - q.own_first,
-               a.value_dims, lane);
+               head_of<Element>(a.out, q.i_batch, q.i_head) + q.own_first * a.out.token, a.out, q.own, a.value_dims, lane);
 }

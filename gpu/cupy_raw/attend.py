@@ -20,7 +20,7 @@ class Split(NamedTuple):
     """How attend.cu cuts its work."""
 
     WARPS: int
-    """Of a block; each has 16 queries."""
+    """Of a block."""
     KEYS: int
     """Keys of a tile that all warps share."""
     STAGES: int
@@ -43,11 +43,20 @@ def split_for(tile: Tile) -> Split:
 def attend_kernel(tile: Tile, whole: bool) -> Kernel:
     """The kernel for rows of this tile's width."""
     split = split_for(tile)
-    defines = (*tile.defines(whole), ("MOST_ROW_REGISTERS", "128"), *((name, str(value)) for name, value in split._asdict().items()))
+    defines = (
+        *tile.defines(whole),
+        ("MOST_ROW_REGISTERS", "128"),
+        *((name, str(value)) for name, value in split._asdict().items()),
+    )
     rows = 2 * split.STAGES * (split.KEYS + split.WARPS * 16)
     if tile.dtype == "float32" or tile.WIDTH > 128:  # the queries stay in shared memory
         rows += split.WARPS * 16
     return Kernel("attend.cu", "attend", defines, split.WARPS * 32, rows * tile.pitch_bytes)
+
+
+def queries_of_block(kernel: Kernel, block_size: int) -> int:
+    """A warp has 16, or 8 where blocks are of 8."""
+    return kernel.threads // 32 * min(16, block_size)
 
 
 def attend(
@@ -73,4 +82,4 @@ def attend(
     )
     arguments += pack_levels(k_levels, v_levels, selected, hierarchy, options)
     kernel = attend_kernel(tile, is_whole(q, out, *k_levels, *v_levels))
-    launch(kernel, batch * heads * -(-queries // (kernel.threads // 2)), arguments, stream)
+    launch(kernel, batch * heads * -(-queries // queries_of_block(kernel, hierarchy.block_size)), arguments, stream)

@@ -78,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) query_gradient(con
     Element* ring = ring_of(i_warp);
     Element* own_rows = ROWS_IN_REGISTERS ? ring : kept_rows(i_warp, 2);   // [2][16, PITCH]: queries, dO
 
-    auto own = [&](int row) { return q.own_first + row < a.queries ? q.own_first + row : -1; };
+    auto own = [&](int row) { return row < q.own ? q.own_first + row : -1; };
     stage<16, WARP>(own_rows, head_of<const Element>(a.q, q.i_batch, q.i_head), a.q, a.dims, lane, own);
     stage<16, WARP>(own_rows + 16 * PITCH, head_of<const Element>(a.dout, q.i_batch, q.i_head), a.dout, a.value_dims, lane,
                     own);
@@ -92,8 +92,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) query_gradient(con
     Row row[2];   // of row g and of row g + 8
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const int query = q.own_first + half * 8 + lane / 4;
-        row[half] = query < a.padded ? a.rows_of[i64(i_list) * a.padded + query] : Row{INFINITE, 0};
+        const int own_row = half * 8 + lane / 4;
+        row[half] = own_row < q.own ? a.rows_of[i64(i_list) * a.padded + q.own_first + own_row] : Row{INFINITE, 0};
     }
 
     float o[N_DIMS][4];
@@ -121,8 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) query_gradient(con
         for (int d = 0; d < N_DIMS; d++) o[d][half * 2] = o[d][half * 2 + 1] = 0;
     }
     write_rows(o, a.slope_scale, a.slope_scale, own_rows,
-               head_of<Element>(a.dq, q.i_batch, q.i_head) + q.own_first * a.dq.token, a.dq, a.queries - q.own_first, a.dims,
-               lane);
+               head_of<Element>(a.dq, q.i_batch, q.i_head) + q.own_first * a.dq.token, a.dq, q.own, a.dims, lane);
 }
 
 // --- the keys' side

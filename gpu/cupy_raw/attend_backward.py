@@ -6,10 +6,10 @@ import math
 from struct import Struct
 from typing import Any, NamedTuple
 
-from llsa_np.gpu.cupy_raw.attend import attend_kernel
+from llsa_np.gpu.cupy_raw.attend import attend_kernel, queries_of_block
 from llsa_np.gpu.cupy_raw.levels import pack_levels
 from llsa_np.gpu.cupy_raw.program import ARRAY, NO_ARRAY, Kernel, array, is_whole, launch, pointer
-from llsa_np.gpu.cupy_raw.specialisations import Tile, tile_for
+from llsa_np.gpu.cupy_raw.specialisations import PORTABLE_SHARED, Tile, tile_for
 from llsa_np.gpu.cupy_raw.transpose import Lists, lists_of, transpose, transpose_kernels, transpose_spaces
 from llsa_np.hierarchy import Hierarchy
 from llsa_np.options import AttendOptions
@@ -24,6 +24,8 @@ UNPOOL_THREADS = 256
 FINISH_PARENTS = 8
 DENSE_PIECES = 16
 """Pieces of all queries that the coarsest level's keys are given to, at most: their sums take memory."""
+MOST_SHARED = PORTABLE_SHARED - 2**11
+"""What tiles may take of a block's shared memory; the rest is for what kernels declare themselves."""
 MOST_BOTH = 128
 """The widest tile with which one kernel holds the sums of dk and of dv; with wider ones each has its own."""
 
@@ -43,7 +45,7 @@ def key_split_for(tile: Tile) -> KeySplit:
     """So that two blocks or more fit into a multiprocessor's shared memory, and one on every card."""
     if tile.row_bytes <= 128:
         return KeySplit(KEY_WARPS=4, KEY_STAGES=2, KEY_BLOCKS=3, DENSE_BLOCKS=3)
-    if tile.row_bytes <= 384:
+    if tile.row_bytes <= 256:
         return KeySplit(KEY_WARPS=4, KEY_STAGES=1, KEY_BLOCKS=2, DENSE_BLOCKS=2)
     return KeySplit(KEY_WARPS=2 if tile.row_bytes <= 768 else 1, KEY_STAGES=1, KEY_BLOCKS=1, DENSE_BLOCKS=1)
 
@@ -65,11 +67,16 @@ def gradient_kernels(tile: Tile, whole: bool, needs_k: bool, needs_v: bool) -> K
     in_registers = tile.dtype != "float32" and tile.WIDTH <= 64
     needs = (("NEEDS_K", str(int(needs_k))), ("NEEDS_V", str(int(needs_v))))
     most = (("MOST_ROW_REGISTERS", "64"),)
-    split = tuple(pair for pair in forward.defines if pair[0] != "MOST_ROW_REGISTERS")
-    defines = (*split, *((name, str(value)) for name, value in keys._asdict().items()), *needs, *most)
     values = dict(forward.defines)
     warps, stages = int(values["WARPS"]), int(values["STAGES"])
-    query_rows = 2 * stages * (int(values["KEYS"]) + warps * 16) + (0 if in_registers else 2 * warps * 16)
+
+    def query_rows(warps: int) -> int:
+        return 2 * stages * (int(values["KEYS"]) + warps * 16) + (0 if in_registers else 2 * warps * 16)
+
+    while query_rows(warps) * tile.pitch_bytes > MOST_SHARED:  # two tiles of rows stay, where the forward has one
+        warps //= 2
+    values |= {"WARPS": str(warps)} | {name: str(value) for name, value in keys._asdict().items()}
+    defines = (*(values | dict(needs) | dict(most)).items(),)
     key_rows = keys.KEY_WARPS * 32 * (keys.KEY_STAGES + (not in_registers))
     dense_rows = 32 * (keys.KEY_STAGES + keys.KEY_WARPS)
     threads = keys.KEY_WARPS * 32
@@ -79,7 +86,7 @@ def gradient_kernels(tile: Tile, whole: bool, needs_k: bool, needs_v: bool) -> K
 
     return Kernels(
         kernel("prepare", 128, 0),
-        kernel("query_gradient", warps * 32, query_rows),
+        kernel("query_gradient", warps * 32, query_rows(warps)),
         kernel("key_gradient", threads, key_rows),
         kernel("key_gradient_joint", threads, key_rows),
         kernel("key_gradient_dense", threads, dense_rows),
@@ -222,17 +229,30 @@ def attend_backward(
                 *(pointer(k_sums[1]) if has_above and need_k else 0,),
                 *(pointer(v_sums[1]) if has_above and need_v else 0,),
                 *(batch, heads, kv_heads, queries, padded(queries), dim, value_dim, block_bits, len(options.levels)),
-                *(hierarchy.lengths[level], row_length, row_count, columns, parents, ranges, run, run_bits, split, spare),
+                *(
+                    hierarchy.lengths[level],
+                    row_length,
+                    row_count,
+                    columns,
+                    parents,
+                    ranges,
+                    run,
+                    run_bits,
+                    split,
+                    spare,
+                ),
                 *dense_pieces(queries, group),
                 *(options.scale * math.log2(math.e), options.scale, math.log2(full), math.log2(last)),
             )
             + levels
         )
 
-    any_kernels = gradient_kernels(tile, whole, *(needs_of_launches(tile, dk is not None, dv is not None) or [(True, True)])[0])
+    any_kernels = gradient_kernels(
+        tile, whole, *(needs_of_launches(tile, dk is not None, dv is not None) or [(True, True)])[0]
+    )
     launch(any_kernels.prepare, -(-batch * heads * padded(queries) // 16), arguments(0), stream)
     if dq is not None:
-        blocks = batch * heads * -(-queries // (any_kernels.query_gradient.threads // 2))
+        blocks = batch * heads * -(-queries // queries_of_block(any_kernels.query_gradient, hierarchy.block_size))
         launch(any_kernels.query_gradient, blocks, arguments(0), stream)
     launches = needs_of_launches(tile, dk is not None, dv is not None)
     if not launches:
@@ -270,7 +290,15 @@ def attend_backward(
                     finish = FINISH.pack(
                         *(pointer(items), pointer(parts), pointer(of_levels[1]) if has_above and level == 0 else 0),
                         *(pointer(of_levels[level]) if level > 0 else 0, *array(gradient)),
-                        *(kv_heads, lists, of.parents, of.spare, hierarchy.lengths[level], gradient.shape[3], block_bits),
+                        *(
+                            kv_heads,
+                            lists,
+                            of.parents,
+                            of.spare,
+                            hierarchy.lengths[level],
+                            gradient.shape[3],
+                            block_bits,
+                        ),
                     )
                     launch(unpool_kernel("finish", dtype), -(-lists * of.parents // FINISH_PARENTS), finish, stream)
         if level == 0:

@@ -25,9 +25,7 @@ def pool_kernels(dtype: str, whole: bool) -> list[Kernel]:
 
 def pool_spaces(batch: int, heads: int, dim: int, hierarchy: Hierarchy) -> Spaces:
     """The unrounded sums of every second level that others are made of."""
-    return [
-        ((batch, heads, hierarchy.lengths[level], dim), "float32") for level in range(2, hierarchy.levels, 2)
-    ]
+    return [((batch, heads, hierarchy.lengths[level], dim), "float32") for level in range(2, hierarchy.levels, 2)]
 
 
 def pool(x: Any, hierarchy: Hierarchy, out: list[Any], spaces: list[Any], dtype: str, stream: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -49,7 +50,9 @@ def pointer(x: Any) -> int:
 def strides(x: Any) -> tuple[int, ...]:
     """In elements; of an axis of size 1 none, whatever the array says."""
     size = x.dtype.itemsize
-    return tuple([0 if n <= 1 else stride // size for n, stride in zip(x.shape, x.strides)])  # a list is quicker to build
+    return tuple(
+        [0 if n <= 1 else stride // size for n, stride in zip(x.shape, x.strides)]
+    )  # a list is quicker to build
 
 
 def array(x: Any) -> tuple[int, ...]:
@@ -71,9 +74,10 @@ def is_whole(*arrays: Any) -> bool:
 
 
 def compile_cubin(kernel: Kernel, arch: str, log: Any = None) -> bytes:
-    """Machine code for an architecture such as "sm_90a", from the cache where it is there. log: takes what the assembler
-    says of registers and spills; with it, nothing is taken from the cache."""
+    """Machine code for an architecture such as "sm_90a", from the cache where it is there. log: takes what the
+    assembler says of registers and spills; with it, nothing is taken from the cache."""
     from cuda.core import Program, ProgramOptions
+    from cuda.core._utils.cuda_utils import CUDAError  # what NVRTC's errors are; cuda.core has no public name for it
     from cuda.core.utils import make_program_cache_key
 
     code = (FOLDER / kernel.source).read_text()
@@ -92,7 +96,10 @@ def compile_cubin(kernel: Kernel, arch: str, log: Any = None) -> bytes:
         kept = programs().get(key)
         if kept is not None:
             return bytes(kept.code if hasattr(kept, "code") else kept)
-    compiled = Program(code, "c++", options).compile("cubin", logs=log)
+    try:
+        compiled = Program(code, "c++", options).compile("cubin", logs=log)
+    except CUDAError as error:
+        raise RuntimeError(f"cupy_raw: {kernel.source} did not compile for {arch}: {error}") from error
     if log is None:
         keep(key, compiled)
     return bytes(compiled.code)
@@ -135,10 +142,8 @@ def programs() -> Any:
 
 def keep(key: bytes, compiled: Any) -> None:
     """Into the cache, if it can be written."""
-    try:
+    with suppress(OSError):
         programs()[key] = compiled
-    except OSError:
-        pass
 
 
 # --- launching
@@ -160,7 +165,9 @@ def function(kernel: Kernel) -> Any:
                 module = cupy.cuda.Module()
                 module.load(compile_cubin(kernel, architecture(device)))
                 found = module.get_function(kernel.name)
-                if kernel.shared_bytes:  # with what a kernel declares itself it may be more than the 48 KiB that need no asking
+                if (
+                    kernel.shared_bytes
+                ):  # with what a kernel declares itself it may be more than the 48 KiB that need no asking
                     from cupy_backends.cuda.api import driver
 
                     driver.funcSetAttribute(
@@ -179,8 +186,8 @@ def architecture(device: int) -> str:
 
 
 def launch(kernel: Kernel, blocks: int, arguments: bytes, stream: int) -> None:
-    """Enqueue a kernel on the stream at an address, as a row of blocks; nothing if there are none. arguments: the struct
-    that it takes."""
+    """Enqueue a kernel on the stream at an address, as a row of blocks; nothing if there are none. arguments: the
+    struct that it takes."""
     if blocks:
         struct = np.frombuffer(arguments, f"V{len(arguments)}")[0]
         function(kernel)((blocks, 1, 1), (kernel.threads, 1, 1), (struct,), kernel.shared_bytes, stream_at(stream))

@@ -19,7 +19,13 @@ def select_kernel(tile: Tile, whole: bool) -> Kernel:
     """128 candidates at a time, or 64 where their rows are long."""
     candidates = 128 if tile.row_bytes <= 256 else 64
     shared = (QUERIES + candidates) * tile.pitch_bytes
-    return Kernel("select.cu", "select", (*tile.defines(whole), ("MOST_ROW_REGISTERS", "128"), ("TILE", str(candidates))), THREADS, shared)
+    return Kernel(
+        "select.cu",
+        "select",
+        (*tile.defines(whole), ("MOST_ROW_REGISTERS", "128"), ("TILE", str(candidates))),
+        THREADS,
+        shared,
+    )
 
 
 def select(

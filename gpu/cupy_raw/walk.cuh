@@ -1,12 +1,13 @@
 // Walks a block's queries along their lists of candidates, coarsest level first, and hands on tile after tile of 16 keys and
 // values in shared memory. What is done with a tile is the caller's: attention, or the gradient of the queries.
 //
-// A block of WARPS warps has ROWS consecutive queries of one head, a warp 16 of them.
+// A block of WARPS warps has consecutive queries of one head, a warp 16 of them, or 8 where blocks are of 8: all queries of
+// a warp have one list on every level, so that nobody's value reaches a query that did not choose it, not even times 0.
 //
-//     levels whose rows of S_{l+1} cover at least ROWS queries      the finer ones (level 0; for b = 8 level 1 too)
-//     one list for the block: tiles of KEYS keys and values,        one list for 16 queries (for b = 8 one for each 8):
-//     brought in by all warps and used by all, the next one on      tiles of 16 keys and values in a ring of the warp's
-//     its way while this one is used                                own, whose first come in before all else is done
+//     levels whose rows of S_{l+1} cover all the block's queries    the finer ones (level 0; for small b level 1 too)
+//     one list for the block: tiles of KEYS keys and values,        a list for each warp: tiles of 16 keys and values in
+//     brought in by all warps and used by all, the next one on      a ring of the warp's own, whose first come in before
+//     its way while this one is used                                all else is done
 //
 // Whoever brings a key in also writes down its log-weight, and whether a tile is odd: whether one of its keys is not there,
 // or has another weight than the level's.
@@ -15,15 +16,14 @@
 #include <tiles.cuh>
 
 constexpr int THREADS = WARPS * WARP;
-constexpr int ROWS = WARPS * 16;
-constexpr int ROWS_BITS = WARPS == 1 ? 4 : WARPS == 2 ? 5 : WARPS == 4 ? 6 : 7;
+constexpr int WARPS_BITS = WARPS == 1 ? 0 : WARPS == 2 ? 1 : WARPS == 4 ? 2 : 3;
 
 // A tile of 16 keys and values, with what a logit needs besides the scores.
 struct Tile {
     const Element *k, *v;       // [16, PITCH]
     const float* log_weights;   // [16], of use only where the tile is odd
     float log_count;            // of the level
-    bool odd, halves;           // halves: the first 8 keys are for rows 0 .. 7, the others for rows 8 .. 15
+    bool odd;
 };
 
 // Turns scores into logits where the tile is odd, so that they need neither scale nor log-weight any more.
@@ -35,16 +35,16 @@ __device__ __forceinline__ void weigh_odd(float (&s)[2][4], const Tile& tile, fl
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const float w = i % 2 ? log_weight.y : log_weight.x;
-            s[n][i] = w == -INFINITE || (tile.halves && n != i / 2) ? -INFINITE : s[n][i] * scale + w;
+            s[n][i] = w == -INFINITE ? -INFINITE : s[n][i] * scale + w;
         }
     }
     scale = 1;
     log_count = 0;
 }
 
-// The queries of a block: ROWS from `first` on, of which a warp's begin at `own_first`.
+// The queries of a block, 2**block_query_bits from `first` on; a warp's begin at `own_first`, and `own` of them are there.
 struct Queries {
-    int first, own_first, queries, dims, value_dims, block_bits, levels;
+    int first, own_first, own, block_query_bits, queries, dims, value_dims, block_bits, levels;
     i64 i_batch, i_head, i_kv;
 };
 
@@ -73,7 +73,7 @@ __device__ __forceinline__ bool bring(Element* tile, float* log_weights, const L
 struct Next {
     int i_level, place, places;
     const Element *k, *v;
-    const int *upper, *lower;   // rows of S_{l+1}; two only for b = 8 on level 0: one for each half of 16 queries
+    const int* parents;         // the row of S_{l+1}; null on the coarsest level
 };
 
 // Calls use(tile) for every tile of the lists. coarse: [STAGES][keys, values][KEYS, PITCH] of the block; ring: [STAGES]
@@ -86,7 +86,7 @@ __device__ __forceinline__ void walk(const Queries& q, const Level* level_of, El
     const int i_thread = threadIdx.x, lane = i_thread % WARP, i_warp = i_thread / WARP;
 
     int shared_levels = 0;
-    while (shared_levels < q.levels && level_of[shared_levels].span_bits >= ROWS_BITS) shared_levels++;
+    while (shared_levels < q.levels && level_of[shared_levels].span_bits >= q.block_query_bits) shared_levels++;
 
     auto enter = [&](Next& at, int i_level, int end, int query) {   // the list of the queries around `query` on a level
         at.i_level = i_level;
@@ -96,24 +96,21 @@ __device__ __forceinline__ void walk(const Queries& q, const Level* level_of, El
         at.places = places(level, q.block_bits);
         at.k = head_of<const Element>(level.k, q.i_batch, q.i_kv);
         at.v = head_of<const Element>(level.v, q.i_batch, q.i_kv);
-        at.upper = query < q.queries ? parents_of(level, q.i_batch, q.i_head, query) : nullptr;
-        at.lower = query + 8 < q.queries ? parents_of(level, q.i_batch, q.i_head, query + 8) : nullptr;
+        at.parents = parents_of(level, q.i_batch, q.i_head, min(query, q.queries - 1));
     };
 
-    // --- the finer levels: what the warp brings in for itself. There is always a list: the coarsest level is not fine.
+    // --- the finer levels: what the warp brings in for itself. The coarsest level is never one of them.
     u32 odd_stages = 0;   // bit i: what this lane brought into stage i of the ring is odd
     auto fetch = [&](Next& at, int i_stage) {
         if (at.i_level < q.levels) {
             const Level& level = level_of[at.i_level];
-            const bool halves = level.span_bits < 4;
-            const int upper = at.upper ? run_at(level, at.upper, at.place, q.block_bits) : -1;
-            int lower = upper < 0 ? -1 : upper + RUN;
-            if (halves) lower = at.lower ? run_at(level, at.lower, at.place, q.block_bits) : -1;
-            else if (q.block_bits == 3) lower = at.upper ? run_at(level, at.upper, at.place + RUN, q.block_bits) : -1;
+            const int upper = run_at(level, at.parents, at.place, q.block_bits);   // of rows 0 .. 7, and 8 .. 15
+            const int lower = q.block_bits == 3 ? run_at(level, at.parents, at.place + RUN, q.block_bits)
+                                                : upper < 0 ? -1 : upper + RUN;
             const bool odd = bring<16, WARP>(ring + i_stage * TILE, fine_weights[i_warp][i_stage], level, at.k, at.v, q.dims,
                                              q.value_dims, lane, [&](int i) { return i ? lower : upper; });
             odd_stages = (odd_stages & ~(1u << i_stage)) | u32(odd) << i_stage;
-            at.place += halves ? RUN : 16;
+            at.place += 16;
             if (at.place >= at.places) enter(at, at.i_level + 1, q.levels, q.own_first);
         }
         copies_commit();
@@ -132,7 +129,7 @@ __device__ __forceinline__ void walk(const Queries& q, const Level* level_of, El
             odd = bring<KEYS, THREADS>(coarse + i_stage * SHARED_TILE, coarse_weights[i_stage], level, next.k, next.v, q.dims,
                                        q.value_dims, i_thread, [&](int i) {
                                            const int place = next.place + i * RUN;
-                                           return next.upper ? run_at(level, next.upper, place, q.block_bits) : place;
+                                           return next.parents ? run_at(level, next.parents, place, q.block_bits) : place;
                                        });
             next.place += KEYS;
             if (next.place >= next.places) enter(next, next.i_level + 1, shared_levels, q.first);
@@ -154,7 +151,7 @@ __device__ __forceinline__ void walk(const Queries& q, const Level* level_of, El
             const Element *k = coarse + i_stage * SHARED_TILE, *v = k + KEYS * PITCH;
 #pragma unroll
             for (int o = 0; o < KEYS; o += 16)
-                use(Tile{k + o * PITCH, v + o * PITCH, coarse_weights[i_stage] + o, log_count, is_tile_odd, false});
+                use(Tile{k + o * PITCH, v + o * PITCH, coarse_weights[i_stage] + o, log_count, is_tile_odd});
             __syncthreads();
             if (STAGES == 2) i_stage ^= 1;
         }
@@ -165,13 +162,12 @@ __device__ __forceinline__ void walk(const Queries& q, const Level* level_of, El
     for (int i_level = shared_levels; i_level < q.levels; i_level++) {
         const Level& level = level_of[i_level];
         const float log_count = level.log_count;
-        const bool halves = level.span_bits < 4;
         const int level_places = places(level, q.block_bits);
-        for (int o_place = 0; o_place < level_places; o_place += halves ? RUN : 16) {
+        for (int o_place = 0; o_place < level_places; o_place += 16) {
             copies_wait<STAGES - 1>();
-            const bool is_tile_odd = __any_sync(~0u, odd_stages >> i_stage & 1) || halves;   // and all lanes' copies are there
+            const bool is_tile_odd = __any_sync(~0u, odd_stages >> i_stage & 1);   // and all lanes' copies are there
             const Element *k = ring + i_stage * TILE, *v = k + 16 * PITCH;
-            use(Tile{k, v, fine_weights[i_warp][i_stage], log_count, is_tile_odd, halves});
+            use(Tile{k, v, fine_weights[i_warp][i_stage], log_count, is_tile_odd});
             __syncwarp();
             fetch(own, i_stage);
             if (STAGES == 2) i_stage ^= 1;
@@ -193,10 +189,20 @@ __device__ __forceinline__ Element* kept_rows(int i_warp, int tiles) {
 // Which queries this block has. List: (batch entry, head).
 __device__ __forceinline__ Queries queries_of_block(int queries, int heads, int kv_heads, int dims, int value_dims,
                                                     int block_bits, int levels, u32& i_list) {
-    const u32 tiles = (queries + ROWS - 1) / u32(ROWS), i_tile = blockIdx.x % tiles;
+    const int of_warp = block_bits == 3 ? 8 : 16, of_block = WARPS * of_warp;
+    const u32 tiles = (queries + of_block - 1) / u32(of_block), i_tile = blockIdx.x % tiles;
     i_list = blockIdx.x / tiles;
     const u32 i_head = i_list % heads;
-    Queries q{int(i_tile * ROWS), int(i_tile * ROWS + threadIdx.x / WARP * 16), queries, dims, value_dims, block_bits, levels};
+    Queries q;
+    q.first = i_tile * of_block;
+    q.own_first = q.first + threadIdx.x / WARP * of_warp;
+    q.own = max(0, min(of_warp, queries - q.own_first));
+    q.block_query_bits = WARPS_BITS + (block_bits == 3 ? 3 : 4);
+    q.queries = queries;
+    q.dims = dims;
+    q.value_dims = value_dims;
+    q.block_bits = block_bits;
+    q.levels = levels;
     q.i_batch = i_list / heads;
     q.i_head = i_head;
     q.i_kv = i_head / u32(heads / kv_heads);
