@@ -24,7 +24,7 @@ UNPOOL_THREADS = 256
 FINISH_PARENTS = 8
 DENSE_PIECES = 16
 """Pieces of all queries that the coarsest level's keys are given to, at most: their sums take memory."""
-MOST_SHARED = PORTABLE_SHARED - 2**11
+MOST_SHARED = PORTABLE_SHARED - 2**10
 """What tiles may take of a block's shared memory; the rest is for what kernels declare themselves."""
 MOST_BOTH = 128
 """The widest tile with which one kernel holds the sums of dk and of dv; with wider ones each has its own."""
@@ -73,7 +73,7 @@ def gradient_kernels(tile: Tile, whole: bool, needs_k: bool, needs_v: bool) -> K
     def query_rows(warps: int) -> int:
         return 2 * stages * (int(values["KEYS"]) + warps * 16) + (0 if in_registers else 2 * warps * 16)
 
-    while query_rows(warps) * tile.pitch_bytes > MOST_SHARED:  # two tiles of rows stay, where the forward has one
+    while warps > 1 and query_rows(warps) * tile.pitch_bytes > MOST_SHARED:  # two tiles of rows stay, where the forward has one
         warps //= 2
     values |= {"WARPS": str(warps)} | {name: str(value) for name, value in keys._asdict().items()}
     defines = (*(values | dict(needs) | dict(most)).items(),)
