@@ -44,7 +44,7 @@ def pointer(x: Any) -> int:
     memory = getattr(getattr(x, "data", None), "ptr", None)
     if memory is None:
         memory = x.__cuda_array_interface__["data"][0]
-    return int(memory)
+    return int(memory or 0)  # an array without elements may have no memory
 
 
 def strides(x: Any) -> tuple[int, ...]:
