@@ -73,7 +73,8 @@ def gradient_kernels(tile: Tile, whole: bool, needs_k: bool, needs_v: bool) -> K
     def query_rows(warps: int) -> int:
         return 2 * stages * (int(values["KEYS"]) + warps * 16) + (0 if in_registers else 2 * warps * 16)
 
-    while warps > 1 and query_rows(warps) * tile.pitch_bytes > MOST_SHARED:  # two tiles of rows stay, where the forward has one
+    # Two tiles of rows stay, where the forward has one.
+    while warps > 1 and query_rows(warps) * tile.pitch_bytes > MOST_SHARED:
         warps //= 2
     values |= {"WARPS": str(warps)} | {name: str(value) for name, value in keys._asdict().items()}
     defines = (*(values | dict(needs) | dict(most)).items(),)
