@@ -13,7 +13,7 @@ def test_runs_here(name):
     reasons = llsa.backends()[name]
     if reasons:
         pytest.skip(f"backend {name} cannot run here: {'; '.join(reasons)}")
-    x = np.random.default_rng(0).standard_normal((1, 2, 20, 16))
+    x = np.random.default_rng(0).standard_normal((1, 2, 20, 16), dtype=np.float32)
     assert np.isfinite(llsa.attention(x, x, x, backend=name)).all()
 
 

@@ -92,6 +92,8 @@ def test_equal_scores_go_to_the_lower_index(backend, framework, dtype):
         ).served()
         q, k, v, dout, dlse = case.arrays()
         k = np.broadcast_to(k[:, :, :1], k.shape)
+        if case.block_size > 2:  # means of more than two keys are exact where the keys have few digits
+            k = np.round(k * 4) / np.asarray(4, k.dtype)
         selection = run(case, backend, framework, (q, k, v, dout, dlse)).selection
         for level in range(1, 4):
             length = -(-tokens // case.block_size**level)
