@@ -25,7 +25,7 @@ demo: $(VENV)/.explain
 test: $(VENV)/.test
 	$(BIN)/pytest -n 2
 	NUMBA_ENABLE_CUDASIM=1 $(BIN)/pytest -n 2
-	$(if $(shell command -v g++),LLSA_CUDA_EMULATOR=1 $(BIN)/pytest -n 2,@echo "the CUDA C++ kernels were not emulated: there is no g++")
+	$(if $(shell command -v g++ 2>/dev/null),LLSA_CUDA_EMULATOR=1 $(BIN)/pytest -n 2,@echo "the CUDA C++ kernels were not emulated: there is no g++")
 
 kernels: $(VENV)/.test
 	LLSA_ALL_KERNELS=1 $(BIN)/pytest -rP -k test_all_specialisations_compile tests/test_cuda_kernels.py

@@ -107,7 +107,7 @@ class Case:
         case = self.but(block_size=block_size, dtype="float32" if self.dtype == "float64" else self.dtype, **dims)
         topk, enrich = self.topk, self.enrich
         if isinstance(topk, tuple):
-            topk = (topk * case.depth)[: case.depth]
+            topk = tuple(min(64, k) for k in (topk * case.depth)[: case.depth])
         if enrich is not None:
             enrich = tuple(level for level in enrich if level <= case.depth)
         return case.but(topk=topk, enrich=enrich)
