@@ -120,23 +120,23 @@ print(np.abs(out - expected).max() < 1e-12)
 
 
 @on_either
-@pytest.mark.parametrize("backend", ["numba_cuda", "cupy_raw"])
+@pytest.mark.parametrize("named", ["numba_cuda", "cupy_raw"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
-def test_numpy_arrays_are_copied_and_come_back(backend, dtype, layout):
-    if llsa.backends()[backend]:
-        pytest.skip(f"{backend} cannot run here")
+def test_numpy_arrays_are_copied_and_come_back(named, dtype, layout):
+    if llsa.backends()[named]:
+        pytest.skip(f"{named} cannot run here")
     case = Case(dtype=dtype, layout=layout, group=2, memory="reversed", query_tokens=9, levels=2, topk=(3, 1))
-    case = case.served(backend)
-    results = run(case, backend, NumPy)
+    case = case.served(named)
+    results = run(case, named, NumPy)
     assert all(type(level) is np.ndarray for level in results.selection)
     assert_within_bounds(case, results, reference(case, results.selection))
     k = case.arrays()[1]
-    for x in llsa.pool(k, block_size=case.block_size, levels=2, layout=layout, backend=backend):
+    for x in llsa.pool(k, block_size=case.block_size, levels=2, layout=layout, backend=named):
         assert type(x) is np.ndarray
         assert x.dtype == k.dtype
     with pytest.raises(TypeError, match="NumPy"):
-        llsa.select(k, Numba.array(k), backend=backend)
+        llsa.select(k, Numba.array(k), backend=named)
 
 
 @on_either
