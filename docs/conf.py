@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from typing import Any
+
+from docutils import nodes
+from sphinx.directives.code import LiteralInclude
 
 import llsa_np
 
@@ -57,5 +61,22 @@ def prose_to_rst(app: Any, what: str, name: str, obj: Any, options: Any, lines: 
     lines[:] = told
 
 
+class Telling(LiteralInclude):
+    """literalinclude, whose `:dedent:` leaves lines of the preprocessor aside: those of C++ stand at the margin."""
+
+    def run(self) -> list[nodes.Node]:
+        included = super().run()
+        if self.options.get("language") == "cuda" and "dedent" in self.options:
+            for block in (block for node in included for block in node.findall(nodes.literal_block)):
+                lines = block.astext().split("\n")
+                code = textwrap.dedent("\n".join("" if line.startswith("#") else line for line in lines)).split("\n")
+                text = "\n".join(old if old.startswith("#") else new for old, new in zip(lines, code))
+                block.rawsource = text
+                block.children = []
+                block += nodes.Text(text)
+        return included
+
+
 def setup(app: Any) -> None:
+    app.add_directive("literalinclude", Telling, override=True)
     app.connect("autodoc-process-docstring", prose_to_rst)

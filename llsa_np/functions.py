@@ -100,7 +100,7 @@ def attention(
     enrich: which coarse levels take part in attention; None: all; (): none. reweight: whether a coarse token weighs as
     many tokens as it stands for. scale: of the logits; None: 1 / sqrt(D).
     layout: "bhnd", or "bnhd" for arrays (batch, tokens, heads, dim). backend: "auto" goes by where the arrays are and
-    never moves them; "numpy", "numba_cuda" (which copies NumPy arrays to the GPU and the results back) or "cupy_raw".
+    never moves them; "numpy"; "cupy_raw" or "numba_cuda", which copy NumPy arrays to the GPU and the results back.
     precision: "tf32" permits float32 products on matrix units in reduced precision; "full" does not.
 
     Returns out, in q's dtype and layout, (batch, heads, M, Dv); with return_lse (out, lse), lse = log Z_t, natural
