@@ -156,6 +156,19 @@ def choose(name: str, device: str, case: Case) -> Backend:
     raise NotImplementedError(f"{who}: {'; '.join(refusals)}")
 
 
+def choose_compiler(case: Case) -> Backend:
+    """The backend that compiles for a GPU which need not be here, if what it takes is here and it serves the case."""
+    name = "cupy_raw"
+    missing = _missing({"cuda.core": "cuda-core", "cuda.bindings": "cuda-bindings"})
+    if missing:
+        raise RuntimeError(f"{case.operation}: {missing}")
+    backend = _load(name)
+    refusals = [f"{name} {reason}" for reason in backend.refusals(case)]
+    if refusals:
+        raise NotImplementedError(f"{case.operation}: {'; '.join(refusals)}; no other backend compiles for an arch")
+    return backend
+
+
 def serves_gpu() -> bool:
     """Whether any backend can serve arrays on a GPU here."""
     return any(DEVICES[name] == "cuda" and not _reasons(name) for name in NAMES)
@@ -178,12 +191,9 @@ def _reasons(name: str) -> tuple[str, ...]:
         "cupy_raw": {"cupy": "cupy", "cuda.core": "cuda-core"},
     }[name]
     reasons = []
-    missing = [package for module, package in packages.items() if not _installed(module)]
+    missing = _missing(packages)
     if missing:
-        reasons.append(
-            f"not installed: {', '.join(missing)} "
-            "(pip install 'llsa-np[cuda13]', or 'llsa-np[cuda12]' for a CUDA 12 driver)"
-        )
+        reasons.append(missing)
     if name == "numba_cuda" and _simulated():
         return tuple(reasons)
     if name == "cupy_raw" and _cuda_devices() and _compute_capability() < (8, 0):
@@ -193,6 +203,15 @@ def _reasons(name: str) -> tuple[str, ...]:
         simulator = " (NUMBA_ENABLE_CUDASIM=1 runs these kernels in Numba's simulator)" if name == "numba_cuda" else ""
         reasons.append(f"no CUDA device: the NVIDIA driver is missing or shows none{simulator}")
     return tuple(reasons)
+
+
+def _missing(packages: dict[str, str]) -> str:
+    """Which of the packages that bring some modules are not installed, and the extra that does; "" if none."""
+    missing = [package for module, package in packages.items() if not _installed(module)]
+    if not missing:
+        return ""
+    extra = "(pip install 'llsa-np[cuda13]', or 'llsa-np[cuda12]' for a CUDA 12 driver)"
+    return f"not installed: {', '.join(missing)} {extra}"
 
 
 def _simulated() -> bool:

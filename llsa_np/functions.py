@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, TypeVar, overload
 
 from llsa_np.adapters import common_adapter
-from llsa_np.backends import BackendName, Case, Work, check_backend, choose, serves_gpu
+from llsa_np.backends import BackendName, Case, Work, check_backend, choose, choose_compiler, serves_gpu
 from llsa_np.call import empty_levels, lend, prepare
 from llsa_np.checks import check_dtype_name, check_floats, sizes
 from llsa_np.copies import copied_to_the_device
@@ -297,11 +297,13 @@ def precompile(
     """Compile ahead what calls with this dtype, these head dims and options will need, in every layout and alignment.
 
     dtype: a NumPy or ml_dtypes element type or its name. dim: D. value_dim: Dv, D if None. levels=None: any L.
-    arch: which GPU to compile for, e.g. "sm_90a"; None: the one that is here. The NumPy backend compiles nothing, and
-    with it, as with "auto" where there is no GPU, this only checks its arguments, which raise as in `attention`.
+    arch: which GPU to compile for, e.g. "sm_90a", on any machine, by the CUDA C++ kernels ("auto" or "cupy_raw"), into
+    their cache on disk; None: the GPU that is here. The NumPy backend compiles nothing, and with it, as with "auto" and
+    no arch where there is no GPU, this only checks its arguments, which raise as in `attention`.
     """
     who = "precompile"
-    backend_name = check_backend(who, backend)
+    ahead = arch is not None and backend in ("auto", "cupy_raw")  # for a GPU that need not be here
+    backend_name = check_backend(who, "auto" if ahead else backend)
     dtype_name = check_dtype_name(who, dtype)
     dim = check_integer(who, "dim", dim, 1, None)
     value_dim = dim if value_dim is None else check_integer(who, "value_dim", value_dim, 1, None)
@@ -320,6 +322,9 @@ def precompile(
     # The host's backend, or that of a GPU if one was named or is here.
     on_host = not serves_gpu() if backend_name == "auto" else backend_name == "numpy"
     case = Case(who, dtype_name, dim, value_dim, block_size, topks)
+    if ahead:
+        choose_compiler(case).precompile(case, backward, arch)
+        return
     choose(backend_name, "cpu" if on_host else "cuda", case).precompile(case, backward, arch)
 
 

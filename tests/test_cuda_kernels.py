@@ -14,6 +14,8 @@ from calls import assert_same_bits, assert_within_bounds, reference, run
 from frameworks import NumPy
 from strategies import EMULATED, Case
 
+import llsa_np as llsa
+
 pytest.importorskip("cuda.core", reason="cuda-core is not installed")
 
 from llsa_np.gpu.cupy_raw import attend, attend_backward, pool, program, select, transpose
@@ -121,6 +123,25 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     program.programs.cache_clear()
     assert program.compile_cubin(pool.pool_kernels("float32", True)[0], "sm_90a")[:4] == b"\x7fELF"
     program.programs.cache_clear()
+
+
+@on_compiler
+@pytest.mark.parametrize("named", ["auto", "cupy_raw"])
+def test_precompile_for_a_gpu_that_is_not_here(named, tmp_path, monkeypatch):
+    """After it nothing that a call needs is compiled again."""
+    monkeypatch.setenv("LLSA_CACHE_DIR", str(tmp_path))
+    program.programs.cache_clear()
+    llsa.precompile("bfloat16", 32, topk=4, backward=named == "auto", arch="sm_90a", backend=named)
+    monkeypatch.setattr("cuda.core.Program", None)  # a compilation would fail
+    tile = Tile("bfloat16", 32)
+    for whole in (True, False):
+        for kernel in (*pool.pool_kernels("bfloat16", whole), select.select_kernel(tile, whole)):
+            assert program.compile_cubin(kernel, "sm_90a")[:4] == b"\x7fELF"
+    program.programs.cache_clear()
+    with pytest.raises(NotImplementedError, match="cupy_raw serves D"):
+        llsa.precompile("bfloat16", 12, arch="sm_90a", backend=named)
+    with pytest.raises(TypeError, match="not callable"):
+        llsa.precompile("float32", 64, arch="sm_90a", backend=named)  # what is not kept would be compiled
 
 
 @on_compiler
