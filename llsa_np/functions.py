@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, Literal, TypeVar, overload
 
@@ -317,7 +318,7 @@ def precompile(
     topks = check_topk(who, topk, check_levels(who, levels, block_size))
     check_attend_options(who, enrich, reweight, None, precision, levels=enrichable, dim=dim)
     backward = check_flag(who, "backward", backward)
-    if arch is not None and not (isinstance(arch, str) and arch.startswith("sm_")):
+    if arch is not None and not (isinstance(arch, str) and re.fullmatch(r"sm_\d{2,3}[af]?", arch)):
         raise ValueError(f"{who}: arch is {arch!r}; allowed is None or a name such as 'sm_90a'")
     # The host's backend, or that of a GPU if one was named or is here.
     on_host = not serves_gpu() if backend_name == "auto" else backend_name == "numpy"

@@ -103,15 +103,19 @@ def test_all_specialisations_compile(tile):
 
 @on_compiler
 def test_what_compiled_once_is_kept(tmp_path, monkeypatch):
-    """In LLSA_CACHE_DIR; a corrupt entry, a folder that cannot be written and no home at all still work."""
+    """In LLSA_CACHE_DIR. An entry that was cut short is compiled again."""
     kernel = pool.pool_kernels("float32", True)[0]
     monkeypatch.setenv("LLSA_CACHE_DIR", str(tmp_path))
     program.programs.cache_clear()
     first = program.compile_cubin(kernel, "sm_90a")
     files = [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size == len(first)]
     assert files, "nothing was kept"
-    monkeypatch.setattr("cuda.core.Program", None)  # a second compilation would fail
+    for length in (0, 100, len(first) - 1):
+        files[0].write_bytes(first[:length])
+        assert program.compile_cubin(kernel, "sm_90a") == first
+    monkeypatch.setattr("cuda.core.Program", None)  # another compilation would fail
     assert program.compile_cubin(kernel, "sm_90a") == first
+    assert program.compile_cubin(kernel, "sm_90") == first, "a device is asked for by its number alone"
     program.programs.cache_clear()
 
 
@@ -138,6 +142,10 @@ def test_precompile_for_a_gpu_that_is_not_here(named, tmp_path, monkeypatch):
         for kernel in (*pool.pool_kernels("bfloat16", whole), select.select_kernel(tile, whole)):
             assert program.compile_cubin(kernel, "sm_90a")[:4] == b"\x7fELF"
     program.programs.cache_clear()
+    with pytest.raises(NotImplementedError, match="serves sm_80 and up"):
+        llsa.precompile("bfloat16", 32, arch="sm_75", backend=named)
+    with pytest.raises(ValueError, match="arch"):
+        llsa.precompile("bfloat16", 32, arch="sm_", backend=named)
     with pytest.raises(NotImplementedError, match="cupy_raw serves D"):
         llsa.precompile("bfloat16", 12, arch="sm_90a", backend=named)
     with pytest.raises(TypeError, match="not callable"):
@@ -192,6 +200,8 @@ def test_lists_that_are_cut_into_pieces(block_size, group, monkeypatch):
     monkeypatch.setattr(transpose, "LEAST_SPLIT", 2)
     case = Case(dtype="float32", query_tokens=300, key_tokens=2 * block_size + 3, levels=2, topk=1, group=group)
     case = case.but(block_size=block_size, dim=16, value_dim=24, data="one_popular_key")
+    of = transpose.lists_of(0, Hierarchy(case.key_tokens, block_size, 2), Hierarchy(300, block_size, 2), 1, group)
+    assert 300 * group // 16 > 2 * of.split, "one list is longer than two pieces"
     first = run(case, "cupy_raw", NumPy)
     assert_within_bounds(case, first, reference(case, first.selection))
     again = run(case, "cupy_raw", NumPy, selection=first.selection)

@@ -6,7 +6,7 @@ import tracemalloc
 import ml_dtypes
 import numpy as np
 import pytest
-from calls import assert_same_bits, run
+from calls import assert_same_bits, assert_within_bounds, reference, run
 from frameworks import NumPy
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -279,6 +279,35 @@ def test_slices_of_queries(backend, framework):
             assert np.array_equal(part.selection[level], there)
         for name in ("out", "lse", "dq"):
             assert_same_bits(part[name], whole[name][:, :, rows])
+
+
+@pytest.mark.parametrize("which", range(4), ids=["q", "k", "v", "dout"])
+def test_one_number_for_all_dims(backend, framework, which):
+    """A stride of 0 along the dims, as the gradient of a plain sum has; or along all axes."""
+    case = Case(dtype="float32").served()
+    for keep in (3, 0):  # axes of which one entry is repeated: the last, or all
+        arrays = list(case.arrays())
+        first = arrays[which][..., :1] if keep else arrays[which][:1, :1, :1, :1]
+        wide = np.zeros((*first.shape[:3], 8), first.dtype)  # so that the other strides are multiples of 16 bytes
+        wide[..., :1] = first
+        arrays[which] = np.broadcast_to(wide[..., :1], arrays[which].shape)
+        results = run(case, backend, framework, arrays)
+        assert_within_bounds(case, results, reference(case, results.selection, arrays))
+
+
+def test_an_infinite_key_and_a_ragged_tail_of_queries(backend, framework):
+    """Queries that are not there give no gradient to a key whose scores are all -inf."""
+    b = 16 if backend == "cupy_raw" else 4
+    case = Case(dtype="float32", key_tokens=2 * b, block_size=b, enrich=()).served()
+    for tokens in (b + 3, b):
+        here = case.but(query_tokens=tokens)
+        q, k, v, dout, dlse = here.arrays()
+        q[..., 0] = np.abs(q[..., 0]) + 0.1
+        k[0, 0, b + 2, 0] = -np.inf
+        results = run(here, backend, framework, (q, k, v, dout, dlse))
+        plain = run(here, "numpy", NumPy, (q, k, v, dout, dlse), results.selection)
+        for name in ("dk", "dv"):
+            assert np.array_equal(np.isfinite(results[name]), np.isfinite(plain[name])), f"{name}, {tokens} queries"
 
 
 def test_read_only_inputs(backend, framework):

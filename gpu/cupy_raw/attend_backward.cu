@@ -171,8 +171,9 @@ __device__ __forceinline__ void add_queries(Keys& keys, const Arguments& a, cons
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const float lse = i % 2 ? two.z : two.x, delta = i % 2 ? two.w : two.y;
-            s[n][i] = exp2_fast(s[n][i] * a.scale + (keys.log_weight[i / 2] - lse));
-            dp[n][i] = s[n][i] * (dp[n][i] - delta);
+            const bool is_there = lse != INFINITE;   // else the score may be 0 times an infinite key
+            s[n][i] = is_there ? exp2_fast(s[n][i] * a.scale + (keys.log_weight[i / 2] - lse)) : 0;
+            dp[n][i] = is_there ? s[n][i] * (dp[n][i] - delta) : 0;
         }
     }
 #if NEEDS_V
@@ -233,7 +234,7 @@ __device__ __forceinline__ void add_warps(float (&o)[N_DIMS][4], float* memory, 
 // order; else each has a piece of its own. A piece that is the only one of its parent writes the result, others their part.
 template <bool JOINT> __device__ __forceinline__ void gradient_of_keys(const Arguments& a) {
     constexpr int RING = 2 * 16 * PITCH;
-    __shared__ Row row_tiles[KEY_WARPS][KEY_STAGES][16];
+    __shared__ __align__(16) Row row_tiles[KEY_WARPS][KEY_STAGES][16];
     const int lane = threadIdx.x % WARP, i_warp = threadIdx.x / WARP;
     Element* ring = reinterpret_cast<Element*>(shared_memory()) + i_warp * (KEY_STAGES + !ROWS_IN_REGISTERS) * RING;
     Element* key_tile = ROWS_IN_REGISTERS ? ring : ring + KEY_STAGES * RING;
@@ -370,7 +371,7 @@ extern "C" __global__ void __launch_bounds__(KEY_WARPS * WARP, KEY_BLOCKS) key_g
 extern "C" __global__ void __launch_bounds__(KEY_WARPS * WARP, DENSE_BLOCKS)
 key_gradient_dense(const __grid_constant__ Arguments a) {
     constexpr int RING = 2 * 16 * PITCH, ALL = KEY_WARPS * WARP;
-    __shared__ Row row_tiles[KEY_STAGES][16];
+    __shared__ __align__(16) Row row_tiles[KEY_STAGES][16];
     const int i_thread = threadIdx.x, lane = i_thread % WARP, i_warp = i_thread / WARP;
     Element* ring = reinterpret_cast<Element*>(shared_memory());                 // [KEY_STAGES][queries, dO][16, PITCH]
     Element* key_tile = ring + (KEY_STAGES + i_warp) * RING;

@@ -23,6 +23,7 @@ from llsa_np.hierarchy import Hierarchy
 from llsa_np.options import AttendOptions
 from llsa_np.selection import Selection
 
+LEAST_ARCH = 80
 Spaces = list[tuple[tuple[int, ...], str]]
 
 
@@ -57,6 +58,10 @@ class CupyRawBackend:
 
     def precompile(self, case: Case, backward: bool, arch: str | None) -> None:
         """Compile every kernel of the case."""
+        if arch is not None and int("".join(filter(str.isdigit, arch))) < LEAST_ARCH:
+            raise NotImplementedError(
+                f"{case.operation}: cupy_raw serves sm_{LEAST_ARCH} and up, not {arch}; there, numba_cuda does"
+            )
         tile = tile_for(case.dtype, case.dim)
         wider = tile_for(case.dtype, max(case.dim, case.value_dim))
         kernels = [

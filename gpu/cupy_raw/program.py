@@ -11,6 +11,7 @@ import os
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from struct import unpack_from
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -65,7 +66,7 @@ def is_whole(*arrays: Any) -> bool:
     for x in arrays:
         piece = 16 // x.dtype.itemsize
         *outer, dim = strides(x)
-        if pointer(x) % 16 or dim not in (0, 1) or any(stride % piece for stride in outer) or abs(outer[-1]) >= 2**31:
+        if pointer(x) % 16 or dim != 1 or any(stride % piece for stride in outer) or abs(outer[-1]) >= 2**31:
             return False
     return True
 
@@ -80,6 +81,7 @@ def compile_cubin(kernel: Kernel, arch: str, log: Any = None) -> bytes:
     from cuda.core._utils.cuda_utils import CUDAError  # what NVRTC's errors are; cuda.core has no public name for it
     from cuda.core.utils import make_program_cache_key
 
+    arch = arch.rstrip("af")  # no kernel uses what sm_90a has beyond sm_90, and a device is asked for by its number
     code = (FOLDER / kernel.source).read_text()
     options = ProgramOptions(
         arch=arch,
@@ -92,10 +94,9 @@ def compile_cubin(kernel: Kernel, arch: str, log: Any = None) -> bytes:
     key = make_program_cache_key(
         code=code, code_type="c++", options=options, target_type="cubin", extra_digest=headers_digest()
     )
-    if log is None:
-        kept = programs().get(key)
-        if kept is not None:
-            return bytes(kept.code if hasattr(kept, "code") else kept)
+    kept = None if log is not None else kept_cubin(key)
+    if kept is not None:
+        return kept
     try:
         compiled = Program(code, "c++", options).compile("cubin", logs=log)
     except CUDAError as error:
@@ -138,6 +139,27 @@ def programs() -> Any:
         return FileStreamProgramCache(folder / "llsa-np", max_size_bytes=CACHE_BYTES)
     except (OSError, RuntimeError):  # read-only, or no home at all
         return InMemoryProgramCache()
+
+
+def kept_cubin(key: bytes) -> bytes | None:
+    """What the cache holds, if it can be read and is whole: an entry may have been cut short."""
+    with suppress(OSError):
+        kept = programs().get(key)
+        if kept is not None:
+            code = bytes(kept.code if hasattr(kept, "code") else kept)
+            if is_whole_elf(code):
+                return code
+    return None
+
+
+def is_whole_elf(code: bytes) -> bool:
+    """Whether machine code has all that its ELF header speaks of."""
+    if len(code) < 64 or code[:4] != b"\x7fELF":
+        return False
+    programs_at, sections_at = unpack_from("QQ", code, 0x20)
+    program_size, program_count, section_size, section_count = unpack_from("4H", code, 0x36)
+    ends = (programs_at + program_size * program_count, sections_at + section_size * section_count)
+    return bool(max(ends) <= len(code))
 
 
 def keep(key: bytes, compiled: Any) -> None:

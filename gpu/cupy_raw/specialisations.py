@@ -1,4 +1,5 @@
-"""Everything that the kernels are compiled for: element types and tile widths, and how a kernel's work is cut for them.
+"""Everything that the kernels are compiled for: element types and tile widths. How a kernel cuts its work for them
+stands beside it: `split_for` in attend.py, `key_split_for` in attend_backward.py.
 
 Dims are rounded up to a tile's width inside the kernels; all else (lengths, block size, K, levels, strides, alignment)
 they take as they come.

@@ -86,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS) sum_counts(const __gri
     for (int p = threadIdx.x; p <= a.parents; p += SUM_THREADS) {
         int pieces = 0;
         if (p < a.parents) {
-            const int tiles = ((starts[(p + 1) * a.ranges] - starts[p * a.ranges]) * a.run + 15) / 16;
+            const int tiles = (i64(starts[(p + 1) * a.ranges] - starts[p * a.ranges]) * a.run + 15) / 16;
             pieces = max(1, (tiles + a.split - 1) / a.split);
         }
         items[p] = pieces;

@@ -45,7 +45,7 @@ def lists_of(level: int, hierarchy: Hierarchy, queries: Hierarchy, topk: int, gr
     run_bits = (hierarchy.block_size.bit_length() - 1) * (level + 1)
     run = min(2**run_bits, -(-queries.tokens // 16) * 16)
     tiles = -(-row_count * topk * run // 16)
-    most = max(parents // 8, MOST_SPARE // hierarchy.block_size)
+    most = max(1, parents // 8, MOST_SPARE // hierarchy.block_size)
     split = max(LEAST_SPLIT, -(-tiles // most))
     ranges = max(1, min(MOST_RANGES, row_count, row_count * topk // parents))
     return Lists(row_length, row_count, topk, parents, ranges, run, min(run_bits, 31), split, tiles // split)

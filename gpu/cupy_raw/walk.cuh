@@ -81,8 +81,8 @@ struct Next {
 template <class Use>
 __device__ __forceinline__ void walk(const Queries& q, const Level* level_of, Element* coarse, Element* ring, Use use) {
     constexpr int TILE = 2 * 16 * PITCH, SHARED_TILE = 2 * KEYS * PITCH;
-    __shared__ float coarse_weights[STAGES][KEYS];
-    __shared__ float fine_weights[WARPS][STAGES][16];
+    __shared__ __align__(16) float coarse_weights[STAGES][KEYS];
+    __shared__ __align__(16) float fine_weights[WARPS][STAGES][16];
     const int i_thread = threadIdx.x, lane = i_thread % WARP, i_warp = i_thread / WARP;
 
     int shared_levels = 0;
@@ -165,7 +165,8 @@ __device__ __forceinline__ void walk(const Queries& q, const Level* level_of, El
         const int level_places = places(level, q.block_bits);
         for (int o_place = 0; o_place < level_places; o_place += 16) {
             copies_wait<STAGES - 1>();
-            const bool is_tile_odd = __any_sync(~0u, odd_stages >> i_stage & 1);   // and all lanes' copies are there
+            __syncwarp();   // all lanes' copies are there, and their log-weights
+            const bool is_tile_odd = __any_sync(~0u, odd_stages >> i_stage & 1);
             const Element *k = ring + i_stage * TILE, *v = k + 16 * PITCH;
             use(Tile{k, v, fine_weights[i_warp][i_stage], log_count, is_tile_odd});
             __syncwarp();
@@ -177,7 +178,7 @@ __device__ __forceinline__ void walk(const Queries& q, const Level* level_of, El
     __syncwarp();
 }
 
-// Shared memory of a block of queries: coarse tiles, rings, and the tiles of rows that stay; as `split.py` reserves it.
+// Shared memory of a block of queries: coarse tiles, rings, and the tiles of rows that stay; as attend.py and attend_backward.py reserve it.
 __device__ __forceinline__ Element* coarse_tiles() { return reinterpret_cast<Element*>(shared_memory()); }
 __device__ __forceinline__ Element* ring_of(int i_warp) {
     return coarse_tiles() + STAGES * 2 * KEYS * PITCH + i_warp * STAGES * 2 * 16 * PITCH;

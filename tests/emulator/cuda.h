@@ -1,9 +1,10 @@
 // Runs CUDA C++ on the CPU, for tests on machines without a GPU: a block's threads are fibers of one thread, which change
-// at barriers and warp-wide calls, in a shuffled order; blocks run one after another. Included before a kernel's source.
+// at barriers and warp-wide calls, in a shuffled order, while some warps sleep for a time, so that warps that no barrier
+// holds together fall apart. Blocks run one after another. Included before a kernel's source.
 //
 // What it finds: wrong results, a barrier that not all threads reach, reads of shared memory before a copy was waited for
-// (it holds NaN until then), reads and writes out of the arrays where the compiler's sanitizer is on. What it does not:
-// anything about time, and races that the shuffled order does not show.
+// (it holds NaN until then), and races between warps where the order that was drawn shows them. What it does not: anything
+// about time, races inside a warp (a vote or a shuffle holds its lanes together like a barrier), addresses out of arrays.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -22,6 +23,7 @@
 #define __shared__ static
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define __align__(bytes) __attribute__((aligned(bytes)))
 
 struct uint3 { unsigned x, y, z; };
 struct dim3 { unsigned x, y, z; dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {} };
@@ -167,7 +169,7 @@ using std::min;
 
 namespace emulator {
 
-// Runs `kernel` for all blocks; what blocks share lies in 0xff bytes (NaN) at first.
+// Runs `kernel` for all blocks; a block's dynamic shared memory holds 0xff bytes (NaN) at first.
 inline void launch(int blocks, int threads, int shared_bytes, std::function<void()> kernel) {
     static std::mt19937 random(0);
     body = kernel;
@@ -197,14 +199,16 @@ inline void launch(int blocks, int threads, int shared_bytes, std::function<void
             order[t] = t;
         }
         int left = threads;
-        long idle = 0;
+        long idle = 0, sweep = 0;
+        uint64_t asleep = 0;
         while (left) {
+            if (sweep++ % 12 == 0) asleep = (uint64_t(random()) << 32 | random()) & ((uint64_t(random()) << 32) | random());
             std::shuffle(order.begin(), order.end(), random);
             const int before = left;
             long moved = 0;
             for (int t : order) {
                 Fiber& f = fibers[t];
-                if (f.finished) continue;
+                if (f.finished || (asleep >> (t / WARP) & 1)) continue;
                 const void* waited = f.waits_for;
                 const long generation = waited ? static_cast<const Barrier*>(waited)->generation : 0;
                 current = t;
@@ -219,7 +223,7 @@ inline void launch(int blocks, int threads, int shared_bytes, std::function<void
                          static_cast<const Barrier*>(waited)->generation != generation;
             }
             idle = (moved || left != before) ? 0 : idle + 1;
-            if (idle > 3) fail("some threads wait at a barrier that others do not reach");
+            if (idle > 600) fail("some threads wait at a barrier that others do not reach");
         }
     }
 }
