@@ -33,9 +33,10 @@ kernels: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/llsa bench --out build/bench.json
 
-# PART=suite, sanitizer or speed runs one part and merges it into docs/measurements/<card>.json.
+# PART=suite, sanitizer, speed or steps runs one part, BACKEND=numba_cuda or cupy_raw one backend, and merges it into
+# docs/measurements/<card>.json.
 gpu-report: $(VENV)/.test
-	$(BIN)/python tests/gpu_report.py $(if $(PART),--part $(PART))
+	$(BIN)/python tests/gpu_report.py $(if $(PART),--part $(PART)) $(if $(BACKEND),--backend $(BACKEND))
 
 docs: $(VENV)/.test
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html

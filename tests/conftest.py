@@ -31,11 +31,21 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 
-# In the simulator's own process the Numba kernels alone are tested, in the emulator's those in CUDA C++.
-if SIMULATED or EMULATED:
-    BACKENDS = ["numba_cuda" if SIMULATED else "cupy_raw"]
-else:
-    BACKENDS = [name for name, reasons in llsa.backends().items() if not reasons]
+BACKENDS = [name for name, reasons in llsa.backends().items() if not reasons]
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--backend", choices=("numba_cuda", "cupy_raw"), help="test this backend's calls and kernels alone"
+    )
+
+
+def pytest_configure(config):
+    """In the simulator's own process the Numba kernels alone are tested, in the emulator's those in CUDA C++."""
+    if SIMULATED or EMULATED:
+        config.option.backend = "numba_cuda" if SIMULATED else "cupy_raw"
+    if config.option.backend:
+        BACKENDS[:] = [config.option.backend]
 
 
 def pytest_generate_tests(metafunc):
@@ -56,9 +66,9 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """In the simulator's and the emulator's process, only what calls a backend, and its kernels' own tests."""
-    if SIMULATED or EMULATED:
-        own = "numba" if SIMULATED else "cuda_kernels"
+    """Of one backend only what calls it, and its kernels' own tests."""
+    if config.option.backend:
+        own = {"numba_cuda": "numba", "cupy_raw": "cuda_kernels"}[config.option.backend]
         ours = [
             item
             for item in items
@@ -102,7 +112,7 @@ def poison(array):
 def poisoned_outputs():
     """New arrays, workspaces included, are poisoned, so that what a backend does not write cannot pass."""
     adapters = {"numpy": NumpyAdapter}
-    if "numba_cuda" in BACKENDS:
+    if any(frameworks.Numba in frameworks.OF_BACKEND[backend] for backend in BACKENDS):
         from llsa_np.adapters.numba_arrays import NumbaAdapter
 
         adapters["numba"] = NumbaAdapter

@@ -1,10 +1,12 @@
 """A few calls that touch every kernel, small enough for compute-sanitizer: ragged, grouped, tied, in several dtypes."""
 
+import sys
+
 import frameworks
 from calls import assert_within_bounds, reference, run
 from strategies import Case
 
-import llsa_np as llsa
+from llsa_np.accuracy import compare
 
 CASES = [
     Case(dtype="float32", key_tokens=70, query_tokens=45, dim=9, value_dim=7, block_size=4, topk=3, group=2, levels=2),
@@ -32,8 +34,6 @@ CASES = [
 
 def numba_kernels():
     """Names of the Numba kernels that calls may launch."""
-    if llsa.backends()["numba_cuda"]:
-        return set()
     from llsa_np.gpu.numba_cuda import attend, attend_backward, pool, select
 
     lists = (pool.pool_kernels, select.select_kernels, attend.attend_kernels, attend_backward.backward_kernels)
@@ -41,35 +41,41 @@ def numba_kernels():
 
 
 def count_launches():
-    """The names of all that is launched from here on, as a set that grows."""
+    """The names of all Numba kernels that are launched from here on, as a set that grows."""
+    from llsa_np.gpu.numba_cuda import attend, attend_backward, cuda, pool, select, transpose
+
     launched = set()
-    if not llsa.backends()["numba_cuda"]:
-        from llsa_np.gpu.numba_cuda import attend, attend_backward, cuda, pool, select, transpose
 
-        def launch(kernel, blocks, *arguments):
-            if blocks:
-                launched.add(kernel.py_func.__name__)
-            cuda.launch(kernel, blocks, *arguments)
+    def launch(kernel, blocks, *arguments):
+        if blocks:
+            launched.add(kernel.py_func.__name__)
+        cuda.launch(kernel, blocks, *arguments)
 
-        for module in (pool, select, attend, attend_backward, transpose):
-            module.launch = launch
+    for module in (pool, select, attend, attend_backward, transpose):
+        module.launch = launch
     return launched
 
 
-def main():
-    launched = count_launches()
-    backends = [name for name, reasons in llsa.backends().items() if not reasons and name != "numpy"]
+def check(backends):
+    """The largest error over its bound by dtype. Raises if one is over, or if a Numba kernel is never launched."""
+    worst = {}
+    launched = count_launches() if "numba_cuda" in backends else set()
     for backend in backends:
         for framework in frameworks.OF_BACKEND[backend]:
             for drawn in CASES:
                 case = drawn.served(backend)
                 results = run(case, backend, framework)
-                assert_within_bounds(case, results, reference(case, results.selection))
-    missed = numba_kernels() - launched
+                expected = reference(case, results.selection)
+                assert_within_bounds(case, results, expected)
+                for name, ratio in compare(results.arrays, expected, case.dtype).items():
+                    of_dtype = worst.setdefault(case.dtype, {})
+                    of_dtype[name] = max(of_dtype.get(name, 0), round(float(ratio), 4))
+    missed = numba_kernels() - launched if "numba_cuda" in backends else set()
     if missed:
         raise ValueError(f"gpu_small_set: no case launches {sorted(missed)}")
     print(f"{len(CASES)} cases on {', '.join(backends)}")
+    return worst
 
 
 if __name__ == "__main__":
-    main()
+    check(sys.argv[1:])
