@@ -87,9 +87,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
     so_far.sum[0] = so_far.sum[1] = 0;
 
     walk(q, a.level, coarse_tiles(), ring, [&](const Tile& tile) {
-        float s[2][4] = {}, scale = a.scale, log_count = tile.log_count;
+        float s[2][4] = {}, scale = a.scale, log_count = tile.level->log_count;
         add_scores<2>(s, rows, tile.k, lane);
-        weigh_odd(s, tile, scale, log_count, lane);
+        weigh_odd(s, tile, q, scale, log_count, lane);
         softmax(so_far, s, scale, log_count);
         add_rows<2>(so_far.o, s, tile.v, lane);
     });

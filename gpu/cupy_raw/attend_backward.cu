@@ -13,7 +13,6 @@
 #include <walk.cuh>
 
 constexpr float LOG2_E = 1.4426950408889634f;
-constexpr int RUNS = 2;   // of 8 queries, in a tile of 16
 
 // What a logit and dS need of a query.
 struct alignas(8) Row {
@@ -29,7 +28,7 @@ struct Arguments {
     float *k_parts, *v_parts;         // of pieces
     const float *k_above, *v_above;   // what level 1 hands down, for level 0
     int batch, heads, kv_heads, queries, padded, dims, value_dims, block_bits, levels;
-    int length, row_length, row_count, columns, parents, ranges, run, run_bits, split, spare;
+    int length, row_length, row_count, columns, parents, ranges, run, run_log, run_bits, split, spare;
     int pieces, tiles_of_piece;       // of the coarsest level
     float scale, slope_scale;         // times log2(e); as it is
     float log_count, log_last;
@@ -100,10 +99,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) query_gradient(con
 #pragma unroll
     for (int d = 0; d < N_DIMS; d++) o[d][0] = o[d][1] = o[d][2] = o[d][3] = 0;
     walk(q, a.level, coarse_tiles(), ring, [&](const Tile& tile) {
-        float s[2][4] = {}, dp[2][4] = {}, scale = a.scale, log_count = tile.log_count;
+        float s[2][4] = {}, dp[2][4] = {}, scale = a.scale, log_count = tile.level->log_count;
         add_scores<2>(s, query_rows, tile.k, lane);
         add_scores<2>(dp, dout_rows, tile.v, lane);
-        weigh_odd(s, tile, scale, log_count, lane);
+        weigh_odd(s, tile, q, scale, log_count, lane);
 #pragma unroll
         for (int n = 0; n < 2; n++) {
 #pragma unroll
@@ -132,14 +131,16 @@ struct Keys {
     float o_k[NEEDS_K ? N_DIMS : 1][4], o_v[NEEDS_V ? N_DIMS : 1][4];
 };
 
-// Takes the 16 keys from `first` on of a level into a warp; keys past `end` are none. tile: [2][16, PITCH].
-__device__ __forceinline__ void hold_keys(Keys& keys, const Arguments& a, Element* tile, i64 i_batch, i64 i_kv, int first,
-                                          int end, int lane) {
-    auto token = [&](int row) { return first + row < end ? first + row : -1; };
-    stage<16, WARP>(tile, head_of<const Element>(a.k, i_batch, i_kv), a.k, a.dims, lane, token);
-    stage<16, WARP>(tile + 16 * PITCH, head_of<const Element>(a.v, i_batch, i_kv), a.v, a.value_dims, lane, token);
+// Brings the 16 keys from `first` on of a level into a tile, with their values; keys past `end` are none. tile: [2][16, PITCH].
+__device__ __forceinline__ void stage_keys(const Arguments& a, Element* tile, i64 i_batch, i64 i_kv, int first, int end,
+                                           int lane) {
+    const Element *k = head_of<const Element>(a.k, i_batch, i_kv), *v = head_of<const Element>(a.v, i_batch, i_kv);
+    stage_runs<16, WARP>(tile, a.k, a.v, a.dims, a.value_dims, end, lane, [&](int i) { return Run{k, v, first + i * RUN}; });
     copies_commit();
-    copies_wait<0>();
+}
+
+// Takes those keys into a warp.
+__device__ __forceinline__ void hold_keys(Keys& keys, const Arguments& a, const Element* tile, int first, int end, int lane) {
     __syncwarp();
     hold(keys.k, tile, lane);
     hold(keys.v, tile + 16 * PITCH, lane);
@@ -237,14 +238,16 @@ template <bool JOINT> __device__ __forceinline__ void gradient_of_keys(const Arg
     __shared__ __align__(16) Row row_tiles[KEY_WARPS][KEY_STAGES][16];
     const int lane = threadIdx.x % WARP, i_warp = threadIdx.x / WARP;
     Element* ring = reinterpret_cast<Element*>(shared_memory()) + i_warp * (KEY_STAGES + !ROWS_IN_REGISTERS) * RING;
-    Element* key_tile = ROWS_IN_REGISTERS ? ring : ring + KEY_STAGES * RING;
+    // Keys that go on into registers lie where the second tile of queries will
+    static_assert(!ROWS_IN_REGISTERS || KEY_STAGES == 2);
+    Element* key_tile = ring + (ROWS_IN_REGISTERS ? 1 : KEY_STAGES) * RING;
 
-    const int block_size = 1 << a.block_bits, parts = block_size > 16 ? block_size / 16 : 1;
+    const u32 parts = a.block_bits > 4 ? 1 << (a.block_bits - 4) : 1;
     const u32 units = u32(a.parents + a.spare) * parts;            // of a list: first pieces, then the others
-    const i64 i_unit = JOINT ? i64(blockIdx.x) : i64(blockIdx.x) * KEY_WARPS + i_warp;
+    const u32 i_unit = JOINT ? blockIdx.x : blockIdx.x * KEY_WARPS + i_warp;   // no memory holds 2**32 tiles of keys
     const int i_list = i_unit / units, unit = i_unit % units, i_part = unit % parts, which = unit / parts;
     if (i_list >= a.batch * a.kv_heads) return;                    // for the whole warp; JOINT: for the whole block
-    const i64 i_batch = i_list / a.kv_heads, i_kv = i_list % a.kv_heads;
+    const int i_batch = i_list / a.kv_heads, i_kv = i_list % a.kv_heads;
     const int* items = a.items + i64(i_list) * (a.parents + 1);
 
     int parent = which, piece = 0;
@@ -270,55 +273,53 @@ template <bool JOINT> __device__ __forceinline__ void gradient_of_keys(const Arg
     const int first_tile = piece * a.split + (JOINT ? i_warp : 0);
 
     const int first_key = (parent << a.block_bits) + i_part * 16, end_key = min((parent + 1) << a.block_bits, a.length);
-    Keys keys;
-    hold_keys(keys, a, key_tile, i_batch, i_kv, first_key, end_key, lane);
+    stage_keys(a, key_tile, i_batch, i_kv, first_key, end_key, lane);
 
+    int row_ahead[2];   // entries of the list for the two runs of the next tile: they arrive while others are used
+    auto entry_at = [&](u32 place) { return a.run_log >= 0 ? place >> a.run_log : place / u32(a.run); };
+    auto look_up = [&](int tile) {
+        const u32 entry = entry_at(tile * 16), next = a.run == RUN ? entry + 1 : entry;   // else a row has whole tiles
+        row_ahead[0] = entry < u32(entries) ? __ldg(rows + entry) : -1;
+        row_ahead[1] = next == entry ? row_ahead[0] : next < u32(entries) ? __ldg(rows + next) : -1;
+    };
     auto fetch = [&](int tile, int i_stage) {
         if (tile < end) {
-            // Two runs of 8 queries: one row's, where a row has 16 places or more
-            int query[RUNS], head[RUNS];
+            int head[2], query[2];
 #pragma unroll
-            for (int i = 0; i < RUNS; i++) {
-                const u32 place = tile * 16 + i * RUN, entry = place / u32(a.run);
-                query[i] = -1;
-                head[i] = 0;
-                if (entry < u32(entries)) {
-                    const int row = __ldg(rows + entry);
-                    head[i] = row / a.row_length;
-                    query[i] = ((row - head[i] * a.row_length) << a.run_bits) + int(place - entry * a.run);
-                    if (query[i] >= a.queries) query[i] = -1;
-                    head[i] += i_kv * group;
-                }
+            for (int i = 0; i < 2; i++) {
+                const u32 place = tile * 16 + i * RUN;
+                const int row = row_ahead[i], of_head = group == 1 ? 0 : row / a.row_length;
+                head[i] = i_kv * group + max(0, of_head);
+                query[i] = ((row - of_head * a.row_length) << a.run_bits) + int(place - entry_at(place) * a.run);
+                if (row < 0 || query[i] >= a.queries) query[i] = -1;
             }
-            const Element *q[RUNS], *dout[RUNS];
-#pragma unroll
-            for (int i = 0; i < RUNS; i++) {
-                q[i] = head_of<const Element>(a.q, i_batch, head[i]);
-                dout[i] = head_of<const Element>(a.dout, i_batch, head[i]);
+            look_up(tile + step);
+            const Element *upper_q = head_of<const Element>(a.q, i_batch, head[0]), *lower_q = upper_q;
+            const Element *upper_dout = head_of<const Element>(a.dout, i_batch, head[0]), *lower_dout = upper_dout;
+            if (head[1] != head[0]) {
+                lower_q = head_of<const Element>(a.q, i_batch, head[1]);
+                lower_dout = head_of<const Element>(a.dout, i_batch, head[1]);
             }
-            Element* to = ring + i_stage * RING;
-            for_pieces<16, WARP>(lane, [&](int row, int o_dim) {
-                const int run = row < RUN ? query[0] : query[1], token = run + row % RUN;
-                const bool is_there = run >= 0 && token < a.queries;
-                stage_piece(to + row * PITCH + o_dim, (row < RUN ? q[0] : q[1]) + o_dim * a.q.dim, a.q, token,
-                            is_there && o_dim < a.dims);
-                stage_piece(to + (16 + row) * PITCH + o_dim, (row < RUN ? dout[0] : dout[1]) + o_dim * a.dout.dim, a.dout,
-                            token, is_there && o_dim < a.value_dims);
+            stage_runs<16, WARP>(ring + i_stage * RING, a.q, a.dout, a.dims, a.value_dims, a.queries, lane, [&](int i) {
+                return i ? Run{lower_q, lower_dout, query[1]} : Run{upper_q, upper_dout, query[0]};
             });
             if (lane < 8) {   // 16 bytes: two queries' Row
-                const int i = lane / 4, o = lane % 4 * 2;
-                Row* of = row_tiles[i_warp][i_stage] + i * RUN + o;
-                const int run = i ? query[1] : query[0];
+                const int o = lane % 4 * 2, run = lane < 4 ? query[0] : query[1], of_run = lane < 4 ? head[0] : head[1];
+                Row* of = row_tiles[i_warp][i_stage] + lane * 2;
                 if (run >= 0)
-                    copy_async(of, a.rows_of + (i_batch * a.heads + (i ? head[1] : head[0])) * a.padded + run + o, true);
+                    copy_async(of, a.rows_of + (i64(i_batch) * a.heads + of_run) * a.padded + run + o, true);
                 else
                     of[0] = of[1] = Row{INFINITE, 0};
             }
         }
         copies_commit();
     };
-#pragma unroll
-    for (int i = 0; i < KEY_STAGES; i++) fetch(first_tile + i * step, i);
+    look_up(first_tile);
+    fetch(first_tile, 0);
+    copies_wait<1>();
+    Keys keys;
+    hold_keys(keys, a, key_tile, first_key, end_key, lane);
+    if (KEY_STAGES == 2) fetch(first_tile + step, 1);
     int i_stage = 0;
     for (int tile = first_tile; tile < end; tile += step) {
         copies_wait<KEY_STAGES - 1>();
@@ -384,33 +385,34 @@ key_gradient_dense(const __grid_constant__ Arguments a) {
     const int head_tiles = (a.queries + 15) / 16;
     const int first_tile = i_piece * a.tiles_of_piece, end = min(group * head_tiles, first_tile + a.tiles_of_piece);
 
-    Keys keys;
-    hold_keys(keys, a, key_tile, i_batch, i_kv, first_key, a.length, lane);
+    stage_keys(a, key_tile, i_batch, i_kv, first_key, a.length, lane);
     auto fetch = [&](int tile, int i_stage) {
         if (tile < end) {
-            const int i_head = i_kv * group + tile / head_tiles, first = tile % head_tiles * 16;
-            auto token = [&](int row) { return first + row < a.queries ? first + row : -1; };
-            Element* to = ring + i_stage * RING;
-            stage<16, ALL>(to, head_of<const Element>(a.q, i_batch, i_head), a.q, a.dims, i_thread, token);
-            stage<16, ALL>(to + 16 * PITCH, head_of<const Element>(a.dout, i_batch, i_head), a.dout, a.value_dims, i_thread,
-                           token);
+            const int i_head = i_kv * group + (group == 1 ? 0 : tile / head_tiles);
+            const int first = (group == 1 ? tile : tile % head_tiles) * 16;
+            const Run run{head_of<const Element>(a.q, i_batch, i_head), head_of<const Element>(a.dout, i_batch, i_head), first};
+            stage_runs<16, ALL>(ring + i_stage * RING, a.q, a.dout, a.dims, a.value_dims, a.queries, i_thread,
+                                [&](int i) { return Run{run.x, run.y, first + i * RUN}; });
             if (i_thread < 8)
                 copy_async(row_tiles[i_stage] + i_thread * 2,
                            a.rows_of + (i_batch * a.heads + i_head) * a.padded + first + i_thread * 2, true);
         }
         copies_commit();
     };
-#pragma unroll
-    for (int i = 0; i < KEY_STAGES; i++) fetch(first_tile + i, i);
+    if (KEY_STAGES == 2) fetch(first_tile, 0);
+    copies_wait<KEY_STAGES - 1>();
+    Keys keys;
+    hold_keys(keys, a, key_tile, first_key, a.length, lane);
     int i_stage = 0;
     for (int tile = first_tile; tile < end; tile++) {
-        copies_wait<KEY_STAGES - 1>();
-        __syncthreads();
+        if (KEY_STAGES == 1) fetch(tile, 0);
+        copies_wait<0>();
+        __syncthreads();   // with two stages, all are also done with the other one
+        if (KEY_STAGES == 2) fetch(tile + 1, i_stage ^ 1);
         const Element* q = ring + i_stage * RING;
         add_queries(keys, a, q, q + 16 * PITCH, row_tiles[i_stage], lane);
-        __syncthreads();
-        fetch(tile + KEY_STAGES, i_stage);
-        if (KEY_STAGES == 2) i_stage ^= 1;
+        if (KEY_STAGES == 1) __syncthreads();
+        else i_stage ^= 1;
     }
     copies_wait<0>();
     const i64 row = (i64(i_piece) * a.batch * a.kv_heads + i_list) * a.length + first_key;

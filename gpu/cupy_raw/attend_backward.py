@@ -16,7 +16,7 @@ from llsa_np.options import AttendOptions
 
 Spaces = list[tuple[tuple[int, ...], str]]
 
-ARGUMENTS = Struct(f"{ARRAY * 10}Q3Q2Q2Q2Q9i10i2i4f0q")
+ARGUMENTS = Struct(f"{ARRAY * 10}Q3Q2Q2Q2Q9i11i2i4f0q")
 UNPOOL = Struct("3Qq5i2f0q")
 FINISH = Struct(f"4Q{ARRAY}7i0q")
 CLEAR = Struct("Qq")
@@ -238,6 +238,7 @@ def attend_backward(
                     parents,
                     ranges,
                     run,
+                    run.bit_length() - 1 if run & (run - 1) == 0 else -1,
                     run_bits,
                     split,
                     spare,

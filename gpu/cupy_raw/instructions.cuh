@@ -48,6 +48,13 @@ template <int LEFT> __device__ __forceinline__ void copies_wait() {
     asm volatile("cp.async.wait_group %0;\n" :: "n"(LEFT) : "memory");
 }
 
+// Where a row begins, `bytes` apart from one to the next: one instruction, of which the compiler would make four.
+__device__ __forceinline__ const Element* row_at(const Element* first, int row, int bytes) {
+    const Element* at;
+    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(at) : "r"(row), "r"(bytes), "l"(first));
+    return at;
+}
+
 // 2**x to 2 units in the last place; 0 for -inf, results below the normal range are 0.
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;

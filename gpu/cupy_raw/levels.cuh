@@ -9,6 +9,7 @@ struct Level {
     Array selected;   // S_{l+1}, int (batch, heads, m_{l+1}, columns); no data on the coarsest level
     int span_bits;    // 2**span_bits queries share a row of S_{l+1}
     int length, columns, parents;
+    int regular;      // tokens, from the first on, that have the level's count: all, or all but the last
     float log_count, log_last;   // log2 of the count of a token, and of the level's last token
 };
 
@@ -23,20 +24,17 @@ __device__ __forceinline__ const int* parents_of(const Level& level, i64 i_batch
     return head_of<const int>(level.selected, i_batch, i_head) + (i_query >> level.span_bits) * level.selected.token;
 }
 
-// Blocks are at least RUN tokens, so RUN places from a multiple of RUN on are RUN tokens in a row.
-constexpr int RUN = 8;
-
-// The token at a place, a multiple of RUN, of the list that is not the coarsest level's; -1 if there is none.
-__device__ __forceinline__ int run_at(const Level& level, const int* parents, int place, int block_bits) {
-    if (place >= level.columns << block_bits) return -1;
-    const int parent = __ldg(parents + (place >> block_bits) * level.selected.dim);
-    if (u32(parent) >= u32(level.parents)) return -1;
-    return (parent << block_bits) + (place & ((1 << block_bits) - 1));
+// The row's entry for a place of the list, not of the coarsest level; negative if there is none.
+__device__ __forceinline__ int parent_at(const Level& level, const int* parents, int place, int block_bits) {
+    return place < level.columns << block_bits ? __ldg(parents + (place >> block_bits) * level.selected.dim) : -1;
 }
 
-// The token at a place of the list, -1 if there is none.
-__device__ __forceinline__ int candidate(const Level& level, const int* parents, int place, int block_bits) {
-    const int run = parents ? run_at(level, parents, place & ~(RUN - 1), block_bits) : place & ~(RUN - 1);
-    const int token = run + place % RUN;
-    return run >= 0 && token < level.length ? token : -1;
+// The token at a place whose entry is known; negative if there is none.
+__device__ __forceinline__ int token_of(const Level& level, int parent, int place, int block_bits) {
+    return u32(parent) < u32(level.parents) ? (parent << block_bits) + (place & ((1 << block_bits) - 1)) : -1;
+}
+
+// The token at a place of any level's list; negative, or past the level's end, if there is none.
+__device__ __forceinline__ int token_at(const Level& level, const int* parents, int place, int block_bits) {
+    return parents ? token_of(level, parent_at(level, parents, place, block_bits), place, block_bits) : place;
 }

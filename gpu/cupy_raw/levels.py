@@ -14,7 +14,7 @@ MOST_LEVELS = 17
 MOST_BITS = 62
 """2**62 queries are more than there are: all share one row."""
 
-LEVEL = f"{ARRAY}{ARRAY}{ARRAY}4i2f"
+LEVEL = f"{ARRAY}{ARRAY}{ARRAY}5i2f4x"
 """`Level` of levels.cuh, for `struct.pack`."""
 LEVEL_BYTES = calcsize(LEVEL)
 
@@ -26,15 +26,16 @@ def level_argument(
     full = last = 1
     if reweight and level > 0:
         full, last = min(hierarchy.stride(level), hierarchy.tokens), hierarchy.last_count(level)
-    logs = (math.log2(full), math.log2(last))
+    regular = hierarchy.lengths[level] - (last != full)
+    ends = (regular, math.log2(full), math.log2(last))
     of_v = NO_ARRAY if v is None else array(v)
     if level == hierarchy.levels:
-        return *array(k), *of_v, *NO_ARRAY, MOST_BITS, hierarchy.lengths[level], 0, 1, *logs
+        return *array(k), *of_v, *NO_ARRAY, MOST_BITS, hierarchy.lengths[level], 0, 1, *ends
     rows = selected[level]
     if span_bits is None:
         span_bits = min(MOST_BITS, (hierarchy.block_size.bit_length() - 1) * (level + 1))
     sizes = (hierarchy.lengths[level], rows.shape[3], hierarchy.lengths[level + 1])
-    return *array(k), *of_v, *array(rows), span_bits, *sizes, *logs
+    return *array(k), *of_v, *array(rows), span_bits, *sizes, *ends
 
 
 def pack_levels(

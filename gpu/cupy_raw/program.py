@@ -66,7 +66,7 @@ def is_whole(*arrays: Any) -> bool:
     for x in arrays:
         piece = 16 // x.dtype.itemsize
         *outer, dim = strides(x)
-        if pointer(x) % 16 or dim != 1 or any(stride % piece for stride in outer) or abs(outer[-1]) >= 2**31:
+        if pointer(x) % 16 or dim != 1 or any(stride % piece for stride in outer) or abs(outer[-1]) >= 2**27:
             return False
     return True
 

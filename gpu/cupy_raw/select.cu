@@ -65,7 +65,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) select(const __grid_consta
     int length[QUERIES / WARPS] = {};                                    // how many each of the warp's queries keeps so far
 
     for (int o_place = 0; o_place < candidates; o_place += TILE) {
-        for (int i = i_thread; i < TILE; i += THREADS) tokens[i] = candidate(level, parents, o_place + i, a.block_bits);
+        for (int i = i_thread; i < TILE; i += THREADS) {
+            const int token = o_place + i < candidates ? token_at(level, parents, o_place + i, a.block_bits) : -1;
+            tokens[i] = token < level.length ? token : -1;
+        }
         __syncthreads();
         stage<TILE, THREADS>(keys, head_of<const Element>(level.k, i_batch, i_kv), level.k, a.dims, i_thread,
                              [&](int row) { return tokens[row]; });

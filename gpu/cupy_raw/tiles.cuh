@@ -16,11 +16,12 @@ constexpr int N_DIMS = WIDTH / 8;    // result tiles along the dims
 constexpr int K_DIMS = WIDTH / 16;   // steps of a contraction over the dims
 
 // One piece of a row: from a thread's own column of pieces on, `row` rows further; zeros where nothing is there.
-// WHOLE: rows can be moved in pieces, and their stride fits 32 bits, which makes the address one instruction. Else the
-// piece comes element by element, and without running ahead.
+// WHOLE: rows can be moved in pieces, and their stride in bytes fits 32 bits. Else the piece comes element by element, and
+// without running ahead.
 __device__ __forceinline__ void stage_piece(Element* to, const Element* column, const Array& of, int row, bool is_there) {
 #if WHOLE
-    copy_async(to, column + i64(row) * int(of.token), is_there);   // no address is looked at where nothing is there
+    // No address is looked at where nothing is there
+    copy_async(to, row_at(column, row, int(of.token) * ELEMENT_BYTES), is_there);
 #else
 #pragma unroll
     for (int d = 0; d < PIECE; d++) to[d] = is_there ? column[row * of.token + d * of.dim] : to_element(0.f);
@@ -49,6 +50,60 @@ __device__ __forceinline__ void stage(Element* tile, const Element* x, const Arr
         const int token = token_of(row);
         stage_piece(tile + row * PITCH + o_dim, x + o_dim * of.dim, of, token, token >= 0 && o_dim < dims);
     });
+}
+
+// Lists come in runs: RUN tokens in a row, of which the first is a multiple of RUN. Blocks have at least so many.
+constexpr int RUN = 8;
+
+// A run of two arrays that are indexed alike: the head's data of each, and the first token; negative: none.
+struct Run {
+    const Element *x, *y;
+    int first;
+};
+
+// Brings runs of x into a tile of ROWS rows and the same runs of y into the tile behind it, each thread of THREADS some
+// pieces; zeros where no token is. run_of(i): of rows RUN i .. RUN i + 7.
+//
+// A thread that stays in one column of pieces asks for a run once, and goes from row to row by adding.
+template <int ROWS, int THREADS, class RunOf>
+__device__ __forceinline__ void stage_runs(Element* tile, const Array& x, const Array& y, int x_dims, int y_dims, int length,
+                                           u32 i_thread, RunOf run_of) {
+    if (WHOLE && THREADS % PIECES == 0) {
+        constexpr int STEP = THREADS / PIECES > 0 ? THREADS / PIECES : 1;   // rows between a thread's pieces
+        const int own = i_thread / PIECES, o_dim = i_thread % PIECES * PIECE;
+        const int x_bytes = int(x.token) * ELEMENT_BYTES, y_bytes = int(y.token) * ELEMENT_BYTES;
+        Element* to = tile + own * PITCH + o_dim;
+        const Element *from_x, *from_y;
+        int left = 0, left_x = 0, left_y = 0;   // rows of the run that are there, from the thread's first on
+#pragma unroll
+        for (int row = 0; row < ROWS; row += STEP) {
+            if (ROWS % STEP && own + row >= ROWS) break;
+            if (STEP >= RUN || row % RUN == 0) {
+                const Run run = run_of(STEP < RUN ? row / RUN : (own + row) / RUN);
+                const int token = run.first + (STEP < RUN ? own : (own + row) % RUN);
+                left = run.first < 0 ? 0 : length - token;
+                left_x = o_dim < x_dims ? left : 0;
+                left_y = o_dim < y_dims ? left : 0;
+                from_x = row_at(run.x + o_dim, token, x_bytes);
+                from_y = row_at(run.y + o_dim, token, y_bytes);
+            } else {
+                from_x = row_at(from_x, STEP, x_bytes);
+                from_y = row_at(from_y, STEP, y_bytes);
+            }
+            const int past = STEP < RUN ? row % RUN : 0;
+            copy_async(to + row * PITCH, from_x, past < left_x);   // no address is looked at where nothing is there
+            copy_async(to + (ROWS + row) * PITCH, from_y, past < left_y);
+        }
+    } else {
+        for_pieces<ROWS, THREADS>(i_thread, [&](int row, int o_dim) {
+            const Run run = run_of(row / RUN);
+            const int token = run.first + row % RUN;
+            const bool is_there = run.first >= 0 && token < length;
+            Element* to = tile + row * PITCH + o_dim;
+            stage_piece(to, run.x + o_dim * x.dim, x, token, is_there && o_dim < x_dims);
+            stage_piece(to + ROWS * PITCH, run.y + o_dim * y.dim, y, token, is_there && o_dim < y_dims);
+        });
+    }
 }
 
 // What a warp holds of 16 rows as the left side of products over the dims: registers where they are few, else the tile.

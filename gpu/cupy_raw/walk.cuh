@@ -9,8 +9,8 @@
 //     brought in by all warps and used by all, the next one on      a ring of the warp's own, whose first come in before
 //     its way while this one is used                                all else is done
 //
-// Whoever brings a key in also writes down its log-weight, and whether a tile is odd: whether one of its keys is not there,
-// or has another weight than the level's.
+// Log-weights are looked at one by one only in odd tiles: those of which a key is not there or has another weight than the
+// level's.
 #pragma once
 #include <levels.cuh>
 #include <tiles.cuh>
@@ -18,55 +18,38 @@
 constexpr int THREADS = WARPS * WARP;
 constexpr int WARPS_BITS = WARPS == 1 ? 0 : WARPS == 2 ? 1 : WARPS == 4 ? 2 : 3;
 
-// A tile of 16 keys and values, with what a logit needs besides the scores.
-struct Tile {
-    const Element *k, *v;       // [16, PITCH]
-    const float* log_weights;   // [16], of use only where the tile is odd
-    float log_count;            // of the level
-    bool odd;
-};
-
-// Turns scores into logits where the tile is odd, so that they need neither scale nor log-weight any more.
-__device__ __forceinline__ void weigh_odd(float (&s)[2][4], const Tile& tile, float& scale, float& log_count, int lane) {
-    if (!tile.odd) return;
-#pragma unroll
-    for (int n = 0; n < 2; n++) {
-        const float2 log_weight = *reinterpret_cast<const float2*>(tile.log_weights + n * 8 + lane % 4 * 2);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float w = i % 2 ? log_weight.y : log_weight.x;
-            s[n][i] = w == -INFINITE ? -INFINITE : s[n][i] * scale + w;
-        }
-    }
-    scale = 1;
-    log_count = 0;
-}
-
 // The queries of a block, 2**block_query_bits from `first` on; a warp's begin at `own_first`, and `own` of them are there.
 struct Queries {
     int first, own_first, own, block_query_bits, queries, dims, value_dims, block_bits, levels;
     i64 i_batch, i_head, i_kv;
 };
 
-// Brings ROWS_HERE tokens of a level into a tile of keys and one of values, with their log-weights; returns whether one of
-// those that this thread brought is odd. run_of(i): the first of the tokens for rows 8 i .. 8 i + 7, or -1.
-template <int ROWS_HERE, int THREADS_HERE, class RunOf>
-__device__ __forceinline__ bool bring(Element* tile, float* log_weights, const Level& level, const Element* k,
-                                      const Element* v, int dims, int value_dims, int i_thread, RunOf run_of) {
-    bool odd = false;
-    for_pieces<ROWS_HERE, THREADS_HERE>(i_thread, [&](int row, int o_dim) {
-        const int run = run_of(row / RUN), token = run + row % RUN;
-        const bool is_there = run >= 0 && token < level.length;
-        Element* to = tile + row * PITCH + o_dim;
-        stage_piece(to, k + o_dim * level.k.dim, level.k, token, is_there && o_dim < dims);
-        stage_piece(to + ROWS_HERE * PITCH, v + o_dim * level.v.dim, level.v, token, is_there && o_dim < value_dims);
-        if (o_dim == 0) {
+// A tile of 16 keys and values, from a place of a level's list on.
+struct Tile {
+    const Element *k, *v;       // [16, PITCH]
+    const Level* level;
+    int place;
+    bool odd;
+};
+
+// Turns scores into logits where the tile is odd, so that they need neither scale nor log-weight any more.
+__device__ __forceinline__ void weigh_odd(float (&s)[2][4], const Tile& tile, const Queries& q, float& scale,
+                                          float& log_count, int lane) {
+    if (!tile.odd) return;
+    const Level& level = *tile.level;
+    const int* parents = parents_of(level, q.i_batch, q.i_head, min(q.own_first, q.queries - 1));
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        const int run = token_at(level, parents, tile.place + n * RUN, q.block_bits);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int token = run + lane % 4 * 2 + i % 2;
             const float log_weight = token == level.length - 1 ? level.log_last : level.log_count;
-            log_weights[row] = is_there ? log_weight : -INFINITE;
-            odd |= !is_there || log_weight != level.log_count;
+            s[n][i] = run < 0 || token >= level.length ? -INFINITE : s[n][i] * scale + log_weight;
         }
-    });
-    return odd;
+    }
+    scale = 1;
+    log_count = 0;
 }
 
 // What is brought in next of a list: a tile of places of one level, whose keys and values begin at k and v.
@@ -74,16 +57,18 @@ struct Next {
     int i_level, place, places;
     const Element *k, *v;
     const int* parents;         // the row of S_{l+1}; null on the coarsest level
+    int upper, lower;           // its entries for the tile's two runs
 };
+
+// Whether one of the RUN tokens from `run` on is not there or has another weight than the level's.
+__device__ __forceinline__ bool is_odd(const Level& level, int run) { return run < 0 || run + RUN > level.regular; }
 
 // Calls use(tile) for every tile of the lists. coarse: [STAGES][keys, values][KEYS, PITCH] of the block; ring: [STAGES]
 // [keys, values][16, PITCH] of the warp.
 template <class Use>
 __device__ __forceinline__ void walk(const Queries& q, const Level* level_of, Element* coarse, Element* ring, Use use) {
     constexpr int TILE = 2 * 16 * PITCH, SHARED_TILE = 2 * KEYS * PITCH;
-    __shared__ __align__(16) float coarse_weights[STAGES][KEYS];
-    __shared__ __align__(16) float fine_weights[WARPS][STAGES][16];
-    const int i_thread = threadIdx.x, lane = i_thread % WARP, i_warp = i_thread / WARP;
+    const int i_thread = threadIdx.x, lane = i_thread % WARP;
 
     int shared_levels = 0;
     while (shared_levels < q.levels && level_of[shared_levels].span_bits >= q.block_query_bits) shared_levels++;
@@ -100,23 +85,31 @@ __device__ __forceinline__ void walk(const Queries& q, const Level* level_of, El
     };
 
     // --- the finer levels: what the warp brings in for itself. The coarsest level is never one of them.
-    u32 odd_stages = 0;   // bit i: what this lane brought into stage i of the ring is odd
+    u32 odd_stages = 0;   // bit i: what lies in stage i of the ring is odd
+    auto look_up = [&](Next& at) {   // the entries of the next tile: they arrive while this one is used
+        if (at.i_level == q.levels) return;
+        const Level& level = level_of[at.i_level];
+        at.upper = parent_at(level, at.parents, at.place, q.block_bits);
+        at.lower = q.block_bits == 3 ? parent_at(level, at.parents, at.place + RUN, q.block_bits) : at.upper;
+    };
     auto fetch = [&](Next& at, int i_stage) {
         if (at.i_level < q.levels) {
             const Level& level = level_of[at.i_level];
-            const int upper = run_at(level, at.parents, at.place, q.block_bits);   // of rows 0 .. 7, and 8 .. 15
-            const int lower = q.block_bits == 3 ? run_at(level, at.parents, at.place + RUN, q.block_bits)
-                                                : upper < 0 ? -1 : upper + RUN;
-            const bool odd = bring<16, WARP>(ring + i_stage * TILE, fine_weights[i_warp][i_stage], level, at.k, at.v, q.dims,
-                                             q.value_dims, lane, [&](int i) { return i ? lower : upper; });
+            const int upper = token_of(level, at.upper, at.place, q.block_bits);   // of rows 0 .. 7, and 8 .. 15
+            const int lower = token_of(level, at.lower, at.place + RUN, q.block_bits);
+            const bool odd = is_odd(level, upper) || is_odd(level, lower);
             odd_stages = (odd_stages & ~(1u << i_stage)) | u32(odd) << i_stage;
+            stage_runs<16, WARP>(ring + i_stage * TILE, level.k, level.v, q.dims, q.value_dims, level.length, lane,
+                                 [&](int i) { return Run{at.k, at.v, i ? lower : upper}; });
             at.place += 16;
             if (at.place >= at.places) enter(at, at.i_level + 1, q.levels, q.own_first);
+            look_up(at);
         }
         copies_commit();
     };
     Next own;
     enter(own, shared_levels, q.levels, q.own_first);
+    look_up(own);
     for (int i = 0; i < STAGES; i++) fetch(own, i);
 
     // --- the coarser levels, by all warps
@@ -126,11 +119,13 @@ __device__ __forceinline__ void walk(const Queries& q, const Level* level_of, El
         bool odd = false;
         if (next.i_level < shared_levels) {
             const Level& level = level_of[next.i_level];
-            odd = bring<KEYS, THREADS>(coarse + i_stage * SHARED_TILE, coarse_weights[i_stage], level, next.k, next.v, q.dims,
-                                       q.value_dims, i_thread, [&](int i) {
-                                           const int place = next.place + i * RUN;
-                                           return next.parents ? run_at(level, next.parents, place, q.block_bits) : place;
-                                       });
+            stage_runs<KEYS, THREADS>(coarse + i_stage * SHARED_TILE, level.k, level.v, q.dims, q.value_dims, level.length,
+                                      i_thread, [&](int i) {
+                                          const int run =
+                                              token_at(level, next.parents, next.place + i * RUN, q.block_bits);
+                                          odd |= is_odd(level, run);
+                                          return Run{next.k, next.v, run};
+                                      });
             next.place += KEYS;
             if (next.place >= next.places) enter(next, next.i_level + 1, shared_levels, q.first);
         }
@@ -141,19 +136,18 @@ __device__ __forceinline__ void walk(const Queries& q, const Level* level_of, El
     bool odd = STAGES == 2 && bring_next(0);
     for (int i_level = 0; i_level < shared_levels; i_level++) {
         const Level& level = level_of[i_level];
-        const float log_count = level.log_count;
         const int level_places = places(level, q.block_bits);
         for (int o_place = 0; o_place < level_places; o_place += KEYS) {
-            const bool odd_here = odd;
-            odd = bring_next(STAGES == 2 ? i_stage ^ 1 : 0);
-            copies_wait<STAGES - 1>();
-            const bool is_tile_odd = __syncthreads_or(STAGES == 2 ? odd_here : odd);
+            if (STAGES == 1) odd = bring_next(0);
+            copies_wait<0>();
+            const bool is_tile_odd = __syncthreads_or(odd);   // with two stages, all are also done with the other one
+            if (STAGES == 2) odd = bring_next(i_stage ^ 1);
             const Element *k = coarse + i_stage * SHARED_TILE, *v = k + KEYS * PITCH;
 #pragma unroll
             for (int o = 0; o < KEYS; o += 16)
-                use(Tile{k + o * PITCH, v + o * PITCH, coarse_weights[i_stage] + o, log_count, is_tile_odd});
-            __syncthreads();
-            if (STAGES == 2) i_stage ^= 1;
+                use(Tile{k + o * PITCH, v + o * PITCH, &level, o_place + o, is_tile_odd});
+            if (STAGES == 1) __syncthreads();
+            else i_stage ^= 1;
         }
     }
 
@@ -161,14 +155,12 @@ __device__ __forceinline__ void walk(const Queries& q, const Level* level_of, El
     i_stage = 0;
     for (int i_level = shared_levels; i_level < q.levels; i_level++) {
         const Level& level = level_of[i_level];
-        const float log_count = level.log_count;
         const int level_places = places(level, q.block_bits);
         for (int o_place = 0; o_place < level_places; o_place += 16) {
             copies_wait<STAGES - 1>();
-            __syncwarp();   // all lanes' copies are there, and their log-weights
-            const bool is_tile_odd = __any_sync(~0u, odd_stages >> i_stage & 1);
+            __syncwarp();   // all lanes' copies are there
             const Element *k = ring + i_stage * TILE, *v = k + 16 * PITCH;
-            use(Tile{k, v, fine_weights[i_warp][i_stage], log_count, is_tile_odd});
+            use(Tile{k, v, &level, o_place, bool(odd_stages >> i_stage & 1)});
             __syncwarp();
             fetch(own, i_stage);
             if (STAGES == 2) i_stage ^= 1;

@@ -69,5 +69,7 @@ template <int LEFT> void copies_wait() {
         groups.erase(groups.begin());
     }
 }
+inline const Element* row_at(const Element* first, int row, int bytes) {
+    return reinterpret_cast<const Element*>(reinterpret_cast<intptr_t>(first) + i64(row) * bytes);
+}
 inline float exp2_fast(float x) { return std::exp2(x); }
-inline float log2_fast(float x) { return std::log2(x); }
