@@ -17,7 +17,7 @@ from llsa_np.checks import (
     check_shape,
     lse_dtype,
 )
-from llsa_np.hierarchy import Hierarchy
+from llsa_np.hierarchy import Hierarchy, hierarchy_of
 from llsa_np.options import AttendOptions, Layout, check_layout
 from llsa_np.selection import Selection
 
@@ -72,7 +72,7 @@ class Call(NamedTuple):
         self, kernels: Backend, k_levels: list[Any], key_hierarchy: Hierarchy, topk: tuple[int, ...]
     ) -> Selection:
         q = self.sizes["q"]
-        hierarchy = Hierarchy(q.tokens, key_hierarchy.block_size, key_hierarchy.levels)
+        hierarchy = hierarchy_of(q.tokens, key_hierarchy.block_size, key_hierarchy.levels)
         results = [
             self.adapter.empty((q.batch, q.heads, length, k), "int32", self.views["q"])
             for length, k in zip(hierarchy.lengths[1:], topk, strict=True)

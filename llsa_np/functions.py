@@ -11,7 +11,7 @@ from llsa_np.backends import BackendName, Case, Work, check_backend, choose, cho
 from llsa_np.call import empty_levels, lend, prepare
 from llsa_np.checks import check_dtype_name, check_floats, sizes
 from llsa_np.copies import copied_to_the_device
-from llsa_np.hierarchy import Hierarchy, default_levels
+from llsa_np.hierarchy import default_levels, hierarchy_of
 from llsa_np.options import (
     MAX_LEVELS,
     Layout,
@@ -119,7 +119,7 @@ def attention(
     block_size, levels, topks = pyramid(who, block_size, levels, topk, call.sizes["k"].tokens)
     options = check_attend_options(who, enrich, reweight, scale, precision, levels=levels, dim=call.sizes["q"].dim)
     kernels = call.choose(block_size, topks)
-    key_hierarchy = Hierarchy(call.sizes["k"].tokens, block_size, levels)
+    key_hierarchy = hierarchy_of(call.sizes["k"].tokens, block_size, levels)
     k_levels = call.levels(kernels, "k", key_hierarchy)
     selection = call.select(kernels, k_levels, key_hierarchy, topks)
     v_levels = call.levels(kernels, "v", key_hierarchy)
@@ -152,7 +152,7 @@ def select(
     call = prepare(who, backend, layout, {"q": q, "k": k})
     block_size, levels, topks = pyramid(who, block_size, levels, topk, call.sizes["k"].tokens)
     kernels = call.choose(block_size, topks)
-    key_hierarchy = Hierarchy(call.sizes["k"].tokens, block_size, levels)
+    key_hierarchy = hierarchy_of(call.sizes["k"].tokens, block_size, levels)
     return call.select(kernels, call.levels(kernels, "k", key_hierarchy), key_hierarchy, topks)
 
 
@@ -272,7 +272,7 @@ def pool(
     of = sizes(who, "x", view, layout)
     dtype = check_floats(who, {"x": view})
     block_size = check_block_size(who, block_size)
-    hierarchy = Hierarchy(of.tokens, block_size, check_levels(who, levels, block_size))
+    hierarchy = hierarchy_of(of.tokens, block_size, check_levels(who, levels, block_size))
     kernels = choose(name, view.device, Case(who, dtype, of.dim, of.dim, block_size, ()))
     results = empty_levels(adapter, view, of, hierarchy, layout)
     work = Work(who, dtype, of.batch, of.heads, of.heads, of.dim, of.dim, hierarchy, hierarchy)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,6 +78,12 @@ class Hierarchy:
 
     def _check_token(self, level: int, token: int) -> None:
         check_integer("Hierarchy", f"token of level {level}", token, 0, self._length(level) - 1)
+
+
+@lru_cache
+def hierarchy_of(tokens: int, block_size: int, levels: int) -> Hierarchy:
+    """A Hierarchy; one that was asked for before is not checked and worked out again."""
+    return Hierarchy(tokens, block_size, levels)
 
 
 def default_levels(tokens: int, block_size: int = 16) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llsa_np.adapters import common_adapter, type_name
-from llsa_np.hierarchy import Hierarchy
+from llsa_np.hierarchy import Hierarchy, hierarchy_of
 from llsa_np.options import MAX_LEVELS, as_tuple, check_block_size, check_flag, check_integer, check_levels
 
 
@@ -57,8 +57,8 @@ class Selection:
             raise ValueError(f"{who}: got {len(given)} arrays; allowed is one for each of 1..{MAX_LEVELS} levels")
         block_size = check_block_size(who, block_size)
         levels = check_levels(who, len(given), block_size)
-        query_hierarchy = Hierarchy(check_integer(who, "query_tokens", query_tokens, 1, None), block_size, levels)
-        key_hierarchy = Hierarchy(check_integer(who, "key_tokens", key_tokens, 1, None), block_size, levels)
+        query_hierarchy = hierarchy_of(check_integer(who, "query_tokens", query_tokens, 1, None), block_size, levels)
+        key_hierarchy = hierarchy_of(check_integer(who, "key_tokens", key_tokens, 1, None), block_size, levels)
 
         adapter = common_adapter(who, {f"arrays[{i}] (level {i + 1})": array for i, array in enumerate(given)})
         views = [adapter.view(array) for array in given]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from struct import Struct
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ def split_for(tile: Tile) -> Split:
     return Split(WARPS=2 if tile.row_bytes <= 768 else 1, KEYS=16, STAGES=1, BLOCKS=2)
 
 
+@cache
 def attend_kernel(tile: Tile, whole: bool) -> Kernel:
     """The kernel for rows of this tile's width."""
     split = split_for(tile)
@@ -75,11 +77,13 @@ def attend(
     batch, heads, queries, dim = q.shape
     value_dim = out.shape[3]
     tile = tile_for(dtype, max(dim, value_dim))
+    of_q, of_out = array(q), array(out)
+    of_k, of_v = [array(x) for x in k_levels], [array(x) for x in v_levels]
     arguments = ARGUMENTS.pack(
-        *(*array(q), *array(out), pointer(lse)),
+        *(*of_q, *of_out, pointer(lse)),
         *(heads, k_levels[0].shape[1], queries, dim, value_dim, hierarchy.block_size.bit_length() - 1),
         *(len(options.levels), options.scale * math.log2(math.e)),
     )
-    arguments += pack_levels(k_levels, v_levels, selected, hierarchy, options)
-    kernel = attend_kernel(tile, is_whole(q, out, *k_levels, *v_levels))
+    arguments += pack_levels(of_k, of_v, selected, hierarchy, options)
+    kernel = attend_kernel(tile, is_whole(dtype, of_q, of_out, *of_k, *of_v))
     launch(kernel, batch * heads * -(-queries // queries_of_block(kernel, hierarchy.block_size)), arguments, stream)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from struct import Struct
 from typing import Any, NamedTuple
 
 from llsa_np.gpu.cupy_raw.attend import attend_kernel, queries_of_block
-from llsa_np.gpu.cupy_raw.levels import pack_levels
+from llsa_np.gpu.cupy_raw.levels import log_counts, pack_levels
 from llsa_np.gpu.cupy_raw.program import ARRAY, NO_ARRAY, Kernel, array, is_whole, launch, pointer
 from llsa_np.gpu.cupy_raw.specialisations import PORTABLE_SHARED, Tile, tile_for
 from llsa_np.gpu.cupy_raw.transpose import Lists, lists_of, transpose, transpose_kernels, transpose_spaces
@@ -60,6 +61,7 @@ class Kernels(NamedTuple):
     key_gradient_dense: Kernel
 
 
+@cache
 def gradient_kernels(tile: Tile, whole: bool, needs_k: bool, needs_v: bool) -> Kernels:
     """Of one compilation of attend_backward.cu."""
     forward = attend_kernel(tile, whole)
@@ -103,6 +105,7 @@ def needs_of_launches(tile: Tile, needs_k: bool, needs_v: bool) -> list[tuple[bo
     return [(True, False), (False, True)]
 
 
+@cache
 def unpool_kernel(name: str, dtype: str) -> Kernel:
     """unpool, finish or clear."""
     return Kernel("unpool.cu", name, ((f"ELEMENT_{dtype.upper()}", "1"), ("WHOLE", "0")), UNPOOL_THREADS)
@@ -203,27 +206,29 @@ def attend_backward(
     k_sums = [None, *sums[: used if dk is not None else 0]]
     v_sums = [None, *sums[used if dk is not None else 0 :]]
     tile = tile_for(dtype, max(dim, value_dim))
-    given = [x for x in (dq, dk, dv) if x is not None]
-    whole = is_whole(q, dout, out, *k_levels, *v_levels, *given)
-    levels = pack_levels(k_levels, v_levels, selected, hierarchy, options)
+    of_dout, of_q, of_out = array(dout), array(q), array(out)
+    of_k, of_v = [array(x) for x in k_levels], [array(x) for x in v_levels]
+    gradients = [NO_ARRAY if x is None else array(x) for x in (dq, dk, dv)]
+    whole = is_whole(dtype, of_q, of_dout, of_out, *of_k, *of_v, *(x for x in gradients if x is not NO_ARRAY))
+    levels = pack_levels(of_k, of_v, selected, hierarchy, options)
+    ends = (
+        *of_out,
+        *(NO_ARRAY if dlse is None else (*array(dlse), 0)),
+        *(*array(lse), 0),
+        *(value for x in gradients for value in x),
+        *(pointer(rows_of), pointer(starts), pointer(rows), pointer(items)),
+    )
     block_bits = hierarchy.block_size.bit_length() - 1
 
     def arguments(level: int, of: Lists | None = None, need_k: bool = False, need_v: bool = False) -> bytes:
         """The struct of attend_backward.cu, for one level on the keys' side."""
         is_coarse = level > 0 and of is not None
         has_above = level == 0 and used > 0
-        full, last = 1, 1
-        if options.reweight and level > 0:
-            full, last = min(hierarchy.stride(level), hierarchy.tokens), hierarchy.last_count(level)
         lists_sizes = (0,) * 9 if of is None else tuple(of)
         row_length, row_count, columns, parents, ranges, run, run_bits, split, spare = lists_sizes
         return (
             ARGUMENTS.pack(
-                *(*array(dout), *array(q), *array(k_levels[level]), *array(v_levels[level]), *array(out)),
-                *(NO_ARRAY if dlse is None else (*array(dlse), 0)),
-                *(*array(lse), 0),
-                *(value for x in (dq, dk, dv) for value in (NO_ARRAY if x is None else array(x))),
-                *(pointer(rows_of), pointer(starts), pointer(rows), pointer(items)),
+                *(*of_dout, *of_q, *of_k[level], *of_v[level], *ends),
                 *(pointer(k_sums[level]) if is_coarse and need_k else 0,),
                 *(pointer(v_sums[level]) if is_coarse and need_v else 0,),
                 *(pointer(k_parts), pointer(v_parts)),
@@ -244,7 +249,7 @@ def attend_backward(
                     spare,
                 ),
                 *dense_pieces(queries, group),
-                *(options.scale * math.log2(math.e), options.scale, math.log2(full), math.log2(last)),
+                *(options.scale * math.log2(math.e), options.scale, *log_counts(level, hierarchy, options.reweight)),
             )
             + levels
         )

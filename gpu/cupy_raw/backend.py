@@ -8,11 +8,10 @@ from llsa_np.backends import Case, Room, Work
 from llsa_np.gpu.cupy_raw.attend import attend, attend_kernel
 from llsa_np.gpu.cupy_raw.attend_backward import attend_backward, backward_kernels, backward_spaces
 from llsa_np.gpu.cupy_raw.pool import pool, pool_kernels, pool_spaces
-from llsa_np.gpu.cupy_raw.program import on_device, precompile
+from llsa_np.gpu.cupy_raw.program import BYTES, on_device, precompile
 from llsa_np.gpu.cupy_raw.select import select, select_kernel
 from llsa_np.gpu.cupy_raw.specialisations import (
     BLOCK_SIZES,
-    BYTES,
     DIM_STEP,
     LEAST_DIM,
     MOST_DIM,

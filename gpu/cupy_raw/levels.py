@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from struct import calcsize, pack
 from typing import Any
 
-from llsa_np.gpu.cupy_raw.program import ARRAY, NO_ARRAY, array
+from llsa_np.gpu.cupy_raw.program import ARRAY, NO_ARRAY, Packed, array
 from llsa_np.hierarchy import Hierarchy
 from llsa_np.options import AttendOptions
 
@@ -19,27 +20,37 @@ LEVEL = f"{ARRAY}{ARRAY}{ARRAY}5i2f4x"
 LEVEL_BYTES = calcsize(LEVEL)
 
 
+@lru_cache
+def log_counts(level: int, hierarchy: Hierarchy, reweight: bool) -> tuple[float, float]:
+    """log2 of how many tokens a token of the level stands for, and its last one."""
+    if not reweight or level == 0:
+        return 0.0, 0.0
+    return math.log2(min(hierarchy.stride(level), hierarchy.tokens)), math.log2(hierarchy.last_count(level))
+
+
 def level_argument(
-    level: int, k: Any, v: Any, selected: list[Any], hierarchy: Hierarchy, reweight: bool, span_bits: int | None = None
+    level: int,
+    k: Packed,
+    v: Packed,
+    selected: list[Any],
+    hierarchy: Hierarchy,
+    reweight: bool,
+    span_bits: int | None = None,
 ) -> tuple[Any, ...]:
     """The values of a LEVEL. selected: S_1 .. S_L. 2**span_bits queries share a row of S_{l+1}; None: b**(l+1)."""
-    full = last = 1
-    if reweight and level > 0:
-        full, last = min(hierarchy.stride(level), hierarchy.tokens), hierarchy.last_count(level)
-    regular = hierarchy.lengths[level] - (last != full)
-    ends = (regular, math.log2(full), math.log2(last))
-    of_v = NO_ARRAY if v is None else array(v)
+    full, last = log_counts(level, hierarchy, reweight)
+    ends = (hierarchy.lengths[level] - (last != full), full, last)
     if level == hierarchy.levels:
-        return *array(k), *of_v, *NO_ARRAY, MOST_BITS, hierarchy.lengths[level], 0, 1, *ends
+        return *k, *v, *NO_ARRAY, MOST_BITS, hierarchy.lengths[level], 0, 1, *ends
     rows = selected[level]
     if span_bits is None:
         span_bits = min(MOST_BITS, (hierarchy.block_size.bit_length() - 1) * (level + 1))
     sizes = (hierarchy.lengths[level], rows.shape[3], hierarchy.lengths[level + 1])
-    return *array(k), *of_v, *array(rows), span_bits, *sizes, *ends
+    return *k, *v, *array(rows), span_bits, *sizes, *ends
 
 
 def pack_levels(
-    k_levels: list[Any], v_levels: list[Any], selected: list[Any], hierarchy: Hierarchy, options: AttendOptions
+    k_levels: list[Packed], v_levels: list[Packed], selected: list[Any], hierarchy: Hierarchy, options: AttendOptions
 ) -> bytes:
     """The levels that take part, coarsest first, as an array of MOST_LEVELS."""
     packed = b"".join(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache, lru_cache
 from struct import Struct
 from typing import Any
 
@@ -15,6 +16,7 @@ CHUNK = 64
 ARGUMENTS = Struct(f"{ARRAY}{ARRAY}{ARRAY}Qq5i4f0q")
 
 
+@cache
 def pool_kernels(dtype: str, whole: bool) -> list[Kernel]:
     """For elements, whose rows may or may not be moved in pieces, and for sums of the levels below, which may not."""
     return [
@@ -32,15 +34,15 @@ def pool(x: Any, hierarchy: Hierarchy, out: list[Any], spaces: list[Any], dtype:
     """out[l - 1] = level l of x, l = 1..L."""
     batch, heads, _, dim = x.shape
     block_bits = hierarchy.block_size.bit_length() - 1
-    from_elements, from_sums = pool_kernels(dtype, is_whole(x))
-    children = x
+    children = array(x)
+    from_elements, from_sums = pool_kernels(dtype, is_whole(dtype, children))
     for level in range(1, hierarchy.levels + 1, 2):
         is_two, goes_on = level < hierarchy.levels, level + 1 < hierarchy.levels
         means, upper = out[level - 1], out[level] if is_two else None
         sums = spaces[(level - 1) // 2] if goes_on else None
         lengths = hierarchy.lengths
         arguments = ARGUMENTS.pack(
-            *(*array(children), *array(means), *(array(upper) if is_two else NO_ARRAY)),
+            *(*children, *array(means), *(array(upper) if is_two else NO_ARRAY)),
             *(pointer(sums) if goes_on else 0, heads),
             *(lengths[level - 1], lengths[level], lengths[level + 1] if is_two else 0, dim, block_bits),
             *(*counts(level, hierarchy), *(counts(level + 1, hierarchy) if is_two else (0, 0))),
@@ -48,9 +50,10 @@ def pool(x: Any, hierarchy: Hierarchy, out: list[Any], spaces: list[Any], dtype:
         uppers = -(-lengths[level] // hierarchy.block_size)
         blocks = batch * heads * uppers * -(-dim // CHUNK)
         launch(from_elements if level == 1 else from_sums, blocks, arguments, stream)
-        children = sums
+        children = array(sums) if goes_on else NO_ARRAY
 
 
+@lru_cache
 def counts(level: int, hierarchy: Hierarchy) -> tuple[int, int]:
     """How many tokens a token of a level stands for, and the last one."""
     return min(hierarchy.stride(level), hierarchy.tokens), hierarchy.last_count(level)

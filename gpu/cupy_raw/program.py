@@ -19,6 +19,9 @@ import numpy as np
 
 FOLDER = Path(__file__).parent
 CACHE_BYTES = 2**30
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+MOST_STRIDE = 2**29
+"""Of tokens, in elements: in bytes it fits 32 bits."""
 
 
 class Kernel(NamedTuple):
@@ -48,25 +51,21 @@ def pointer(x: Any) -> int:
     return int(memory or 0)  # an array without elements may have no memory
 
 
-def strides(x: Any) -> tuple[int, ...]:
-    """In elements; of an axis of size 1 none, whatever the array says."""
+Packed = tuple[int, ...]
+"""The values of an ARRAY."""
+
+
+def array(x: Any) -> Packed:
+    """Where an array begins, and its strides in elements; of an axis of size 1 none, whatever the array says."""
     size = x.dtype.itemsize
-    return tuple(
-        [0 if n <= 1 else stride // size for n, stride in zip(x.shape, x.strides)]
-    )  # a list is quicker to build
+    return (pointer(x), *[0 if n <= 1 else stride // size for n, stride in zip(x.shape, x.strides)])
 
 
-def array(x: Any) -> tuple[int, ...]:
-    """The values of an ARRAY."""
-    return (pointer(x), *strides(x))
-
-
-def is_whole(*arrays: Any) -> bool:
-    """Whether the rows of all arrays can be moved 16 bytes at a time."""
-    for x in arrays:
-        piece = 16 // x.dtype.itemsize
-        *outer, dim = strides(x)
-        if pointer(x) % 16 or dim != 1 or any(stride % piece for stride in outer) or abs(outer[-1]) >= 2**27:
+def is_whole(dtype: str, *arrays: Packed) -> bool:
+    """Whether the rows of all arrays of four axes can be moved 16 bytes at a time."""
+    piece = 16 // BYTES[dtype]
+    for start, batch, head, token, dim in arrays:
+        if start % 16 or (batch | head | token) % piece or dim != 1 or abs(token) >= MOST_STRIDE:
             return False
     return True
 

@@ -7,10 +7,12 @@ they take as they come.
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import product
 from typing import NamedTuple
 
-BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+from llsa_np.gpu.cupy_raw.program import BYTES
+
 WIDTHS = (32, 64, 96, 128, 192, 256)
 """Of tiles, in dims. 72 dims, say, take the width 96."""
 
@@ -41,6 +43,7 @@ class Tile(NamedTuple):
         return ((f"ELEMENT_{self.dtype.upper()}", "1"), ("WIDTH", str(self.WIDTH)), ("WHOLE", str(int(whole))))
 
 
+@cache
 def tile_for(dtype: str, dims: int) -> Tile:
     """The narrowest tile that holds so many dims."""
     return Tile(dtype, next(width for width in WIDTHS if width >= dims))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from struct import Struct
 from typing import Any, NamedTuple
 
@@ -51,6 +52,7 @@ def lists_of(level: int, hierarchy: Hierarchy, queries: Hierarchy, topk: int, gr
     return Lists(row_length, row_count, topk, parents, ranges, run, min(run_bits, 31), split, tiles // split)
 
 
+@cache
 def transpose_kernels() -> list[Kernel]:
     """clear_starts, count_pairs, sum_counts, place_pairs."""
     defines = (("ELEMENT_FLOAT32", "1"),)  # of which none are looked at
