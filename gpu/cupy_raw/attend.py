@@ -25,7 +25,9 @@ class Split(NamedTuple):
     KEYS: int
     """Keys of a tile that all warps share."""
     STAGES: int
-    """Tiles that are there or on their way, of each ring."""
+    """Tiles of a warp's own ring that are there or on their way."""
+    COARSE_STAGES: int
+    """The same of the tiles that all warps share."""
     BLOCKS: int
     """Blocks of a multiprocessor for which registers are kept."""
 
@@ -33,12 +35,12 @@ class Split(NamedTuple):
 def split_for(tile: Tile) -> Split:
     """So that two blocks or more fit into a multiprocessor's shared memory, and one on every card."""
     if tile.row_bytes <= 128:
-        return Split(WARPS=8, KEYS=32, STAGES=2, BLOCKS=2)
+        return Split(WARPS=8, KEYS=32, STAGES=2, COARSE_STAGES=3, BLOCKS=2)
     if tile.row_bytes <= 256:
-        return Split(WARPS=2 if tile.dtype == "float32" else 4, KEYS=16, STAGES=2, BLOCKS=2)
+        return Split(WARPS=2 if tile.dtype == "float32" else 4, KEYS=16, STAGES=2, COARSE_STAGES=2, BLOCKS=2)
     if tile.row_bytes <= 384:
-        return Split(WARPS=4, KEYS=16, STAGES=1, BLOCKS=2)
-    return Split(WARPS=2 if tile.row_bytes <= 768 else 1, KEYS=16, STAGES=1, BLOCKS=2)
+        return Split(WARPS=4, KEYS=16, STAGES=1, COARSE_STAGES=1, BLOCKS=2)
+    return Split(WARPS=2 if tile.row_bytes <= 768 else 1, KEYS=16, STAGES=1, COARSE_STAGES=1, BLOCKS=2)
 
 
 @cache
@@ -50,7 +52,7 @@ def attend_kernel(tile: Tile, whole: bool) -> Kernel:
         ("MOST_ROW_REGISTERS", "128"),
         *((name, str(value)) for name, value in split._asdict().items()),
     )
-    rows = 2 * split.STAGES * (split.KEYS + split.WARPS * 16)
+    rows = 2 * (split.COARSE_STAGES * split.KEYS + split.STAGES * split.WARPS * 16)
     if tile.dtype == "float32" or tile.WIDTH > 128:  # the queries stay in shared memory
         rows += split.WARPS * 16
     return Kernel("attend.cu", "attend", defines, split.WARPS * 32, rows * tile.pitch_bytes)

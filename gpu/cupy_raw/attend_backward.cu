@@ -372,10 +372,10 @@ extern "C" __global__ void __launch_bounds__(KEY_WARPS * WARP, KEY_BLOCKS) key_g
 extern "C" __global__ void __launch_bounds__(KEY_WARPS * WARP, DENSE_BLOCKS)
 key_gradient_dense(const __grid_constant__ Arguments a) {
     constexpr int RING = 2 * 16 * PITCH, ALL = KEY_WARPS * WARP;
-    __shared__ __align__(16) Row row_tiles[KEY_STAGES][16];
+    __shared__ __align__(16) Row row_tiles[DENSE_STAGES][16];
     const int i_thread = threadIdx.x, lane = i_thread % WARP, i_warp = i_thread / WARP;
-    Element* ring = reinterpret_cast<Element*>(shared_memory());                 // [KEY_STAGES][queries, dO][16, PITCH]
-    Element* key_tile = ring + (KEY_STAGES + i_warp) * RING;
+    Element* ring = reinterpret_cast<Element*>(shared_memory());                 // [DENSE_STAGES][queries, dO][16, PITCH]
+    Element* key_tile = ring + (DENSE_STAGES + i_warp) * RING;
 
     const u32 key_groups = (a.length + KEY_WARPS * 16 - 1) / u32(KEY_WARPS * 16);
     const int i_group = blockIdx.x % key_groups, i_piece = blockIdx.x / key_groups % u32(a.pieces);
@@ -399,20 +399,21 @@ key_gradient_dense(const __grid_constant__ Arguments a) {
         }
         copies_commit();
     };
-    if (KEY_STAGES == 2) fetch(first_tile, 0);
-    copies_wait<KEY_STAGES - 1>();
+#pragma unroll
+    for (int i = 0; i < DENSE_STAGES - 1; i++) fetch(first_tile + i, i);
+    copies_wait<DENSE_STAGES - 1>();
     Keys keys;
     hold_keys(keys, a, key_tile, first_key, a.length, lane);
     int i_stage = 0;
     for (int tile = first_tile; tile < end; tile++) {
-        if (KEY_STAGES == 1) fetch(tile, 0);
-        copies_wait<0>();
-        __syncthreads();   // with two stages, all are also done with the other one
-        if (KEY_STAGES == 2) fetch(tile + 1, i_stage ^ 1);
+        if (DENSE_STAGES == 1) fetch(tile, 0);
+        copies_wait<(DENSE_STAGES > 2 ? DENSE_STAGES - 2 : 0)>();
+        __syncthreads();   // all are also done with the stage before this one
+        if (DENSE_STAGES > 1) fetch(tile + DENSE_STAGES - 1, (i_stage ? i_stage : DENSE_STAGES) - 1);
         const Element* q = ring + i_stage * RING;
         add_queries(keys, a, q, q + 16 * PITCH, row_tiles[i_stage], lane);
-        if (KEY_STAGES == 1) __syncthreads();
-        else i_stage ^= 1;
+        if (DENSE_STAGES == 1) __syncthreads();
+        else i_stage = i_stage == DENSE_STAGES - 1 ? 0 : i_stage + 1;
     }
     copies_wait<0>();
     const i64 row = (i64(i_piece) * a.batch * a.kv_heads + i_list) * a.length + first_key;

@@ -22,11 +22,10 @@ UNPOOL = Struct("3Qq5i2f0q")
 FINISH = Struct(f"4Q{ARRAY}7i0q")
 CLEAR = Struct("Qq")
 UNPOOL_THREADS = 256
-FINISH_PARENTS = 8
 DENSE_PIECES = 16
 """Pieces of all queries that the coarsest level's keys are given to, at most: their sums take memory."""
-MOST_SHARED = PORTABLE_SHARED - 2**10
-"""What tiles may take of a block's shared memory; the rest is for what kernels declare themselves."""
+MOST_ROW_REGISTERS = 64
+"""The widest tile of which a warp keeps its own rows, of two arrays, in registers."""
 MOST_BOTH = 128
 """The widest tile with which one kernel holds the sums of dk and of dv; with wider ones each has its own."""
 
@@ -38,17 +37,21 @@ class KeySplit(NamedTuple):
     KEY_STAGES: int
     KEY_BLOCKS: int
     """Blocks of a multiprocessor for which registers are kept."""
+    DENSE_STAGES: int
+    """Tiles of queries that are there or on their way, on the coarsest level, where all warps share them."""
     DENSE_BLOCKS: int
-    """The same for the coarsest level."""
+    """As KEY_BLOCKS, on the coarsest level."""
 
 
 def key_split_for(tile: Tile) -> KeySplit:
     """So that two blocks or more fit into a multiprocessor's shared memory, and one on every card."""
     if tile.row_bytes <= 128:
-        return KeySplit(KEY_WARPS=4, KEY_STAGES=2, KEY_BLOCKS=3, DENSE_BLOCKS=3)
+        return KeySplit(KEY_WARPS=4, KEY_STAGES=2, KEY_BLOCKS=3, DENSE_STAGES=4, DENSE_BLOCKS=3)
     if tile.row_bytes <= 256:
-        return KeySplit(KEY_WARPS=4, KEY_STAGES=1, KEY_BLOCKS=2, DENSE_BLOCKS=2)
-    return KeySplit(KEY_WARPS=2 if tile.row_bytes <= 768 else 1, KEY_STAGES=1, KEY_BLOCKS=1, DENSE_BLOCKS=1)
+        return KeySplit(KEY_WARPS=4, KEY_STAGES=1, KEY_BLOCKS=2, DENSE_STAGES=2, DENSE_BLOCKS=2)
+    return KeySplit(
+        KEY_WARPS=2 if tile.row_bytes <= 768 else 1, KEY_STAGES=1, KEY_BLOCKS=1, DENSE_STAGES=1, DENSE_BLOCKS=1
+    )
 
 
 class Kernels(NamedTuple):
@@ -66,22 +69,23 @@ def gradient_kernels(tile: Tile, whole: bool, needs_k: bool, needs_v: bool) -> K
     """Of one compilation of attend_backward.cu."""
     forward = attend_kernel(tile, whole)
     keys = key_split_for(tile)
-    in_registers = tile.dtype != "float32" and tile.WIDTH <= 64
+    in_registers = tile.dtype != "float32" and tile.WIDTH <= MOST_ROW_REGISTERS
     needs = (("NEEDS_K", str(int(needs_k))), ("NEEDS_V", str(int(needs_v))))
-    most = (("MOST_ROW_REGISTERS", "64"),)
+    most = (("MOST_ROW_REGISTERS", str(MOST_ROW_REGISTERS)),)
     values = dict(forward.defines)
-    warps, stages = int(values["WARPS"]), int(values["STAGES"])
+    warps, stages, shared_rows = int(values["WARPS"]), int(values["STAGES"]), int(values["KEYS"])
+    shared_rows *= int(values["COARSE_STAGES"])
 
     def query_rows(warps: int) -> int:
-        return 2 * stages * (int(values["KEYS"]) + warps * 16) + (0 if in_registers else 2 * warps * 16)
+        return 2 * (shared_rows + stages * warps * 16) + (0 if in_registers else 2 * warps * 16)
 
     # Two tiles of rows stay, where the forward has one.
-    while warps > 1 and query_rows(warps) * tile.pitch_bytes > MOST_SHARED:
+    while warps > 1 and query_rows(warps) * tile.pitch_bytes > PORTABLE_SHARED:
         warps //= 2
     values |= {"WARPS": str(warps)} | {name: str(value) for name, value in keys._asdict().items()}
     defines = (*(values | dict(needs) | dict(most)).items(),)
     key_rows = keys.KEY_WARPS * 32 * (keys.KEY_STAGES + (not in_registers))
-    dense_rows = 32 * (keys.KEY_STAGES + keys.KEY_WARPS)
+    dense_rows = 32 * (keys.DENSE_STAGES + keys.KEY_WARPS)
     threads = keys.KEY_WARPS * 32
 
     def kernel(name: str, threads: int, rows: int) -> Kernel:
@@ -307,7 +311,7 @@ def attend_backward(
                             block_bits,
                         ),
                     )
-                    launch(unpool_kernel("finish", dtype), -(-lists * of.parents // FINISH_PARENTS), finish, stream)
+                    launch(unpool_kernel("finish", dtype), -(-lists * of.parents // UNPOOL_THREADS), finish, stream)
         if level == 0:
             return
         for _, parts, of_levels in wanted:

@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) count_pairs(const __grid_c
         atomicAdd(a.starts + i_list * (i64(a.parents) * a.ranges + 1) + i64(parent) * a.ranges + row / a.rows_per_range, 1);
 }
 
-constexpr int EACH = 4;   // numbers in a row of a thread
+constexpr int EACH = 16;   // numbers in a row of a thread, all on their way at once
 
 // Every number becomes the sum of those before it: EACH times SUM_THREADS at a time, first a thread's own, then within warps
 // by doubling steps, then over warps.
@@ -52,10 +52,14 @@ __device__ __forceinline__ void sum_up(int* numbers, int length) {
     int before = 0;
     for (int o = 0; o < length; o += EACH * SUM_THREADS) {
         const int first = o + threadIdx.x * EACH;
-        int own[EACH], number = 0;   // sums of the thread's numbers before each; of all of them
+        int own[EACH], number = 0;   // the thread's numbers, then the sums before each; of all of them
+#pragma unroll
+        for (int j = 0; j < EACH; j++) own[j] = first + j < length ? numbers[first + j] : 0;
+#pragma unroll
         for (int j = 0; j < EACH; j++) {
+            const int here = own[j];
             own[j] = number;
-            number += first + j < length ? numbers[first + j] : 0;
+            number += here;
         }
         int sum = number;
         for (int step = 1; step < WARP; step *= 2) {
@@ -70,6 +74,7 @@ __device__ __forceinline__ void sum_up(int* numbers, int length) {
             all += of_warps[w];
         }
         __syncthreads();
+#pragma unroll
         for (int j = 0; j < EACH; j++)
             if (first + j < length) numbers[first + j] = before + warps_before + sum - number + own[j];
         before += all;

@@ -13,6 +13,8 @@ THREADS, SUM_THREADS, WARP = 256, 1024, 32
 ARGUMENTS = Struct(f"{ARRAY}3Q11i0q")
 
 MOST_RANGES = 64
+MOST_STARTS = 4
+"""Counters, one for each range of each parent, to a pair: more ranges are placed at once, and take more memory."""
 LEAST_SPLIT = 256
 """Tiles of 16 queries of a piece of work, at least."""
 MOST_SPARE = 2**12
@@ -48,7 +50,7 @@ def lists_of(level: int, hierarchy: Hierarchy, queries: Hierarchy, topk: int, gr
     tiles = -(-row_count * topk * run // 16)
     most = max(1, parents // 8, MOST_SPARE // hierarchy.block_size)
     split = max(LEAST_SPLIT, -(-tiles // most))
-    ranges = max(1, min(MOST_RANGES, row_count, row_count * topk // parents))
+    ranges = max(1, min(MOST_RANGES, row_count, MOST_STARTS * row_count * topk // parents))
     return Lists(row_length, row_count, topk, parents, ranges, run, min(run_bits, 31), split, tiles // split)
 
 

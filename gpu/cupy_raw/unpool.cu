@@ -36,12 +36,9 @@ struct Finish {
     int kv_heads, lists, parents, spare, length, dims, block_bits;
 };
 
-constexpr int PARENTS = 8;
-
 __device__ __forceinline__ void finish_parent(const Finish& a, int i_list, int parent) {
     const int* items = a.items + i64(i_list) * (a.parents + 1);
     const int extras = items[parent] - parent, pieces = items[parent + 1] - items[parent];
-    if (pieces == 1) return;
     const int first = parent << a.block_bits, keys = min(1 << a.block_bits, a.length - first);
     const i64 size = i64(a.dims) << a.block_bits;
     const float* parts = a.parts + i64(i_list) * 2 * a.spare * size;
@@ -59,10 +56,18 @@ __device__ __forceinline__ void finish_parent(const Finish& a, int i_list, int p
     }
 }
 
-// A block takes PARENTS parents; those with one piece are done already.
+// A thread looks at one parent: is there more than one piece? Then all threads of the block add them up, a dim of a key each.
 extern "C" __global__ void __launch_bounds__(THREADS) finish(const __grid_constant__ Finish a) {
-    const i64 first = i64(blockIdx.x) * PARENTS, end = min(first + PARENTS, i64(a.lists) * a.parents);
-    for (i64 i = first; i < end; i++) finish_parent(a, i / a.parents, i % a.parents);
+    __shared__ bool is_cut[THREADS];
+    const u32 first = blockIdx.x * THREADS, i = first + threadIdx.x, parents = a.parents;
+    is_cut[threadIdx.x] = false;
+    if (i < u32(a.lists) * parents) {
+        const int* items = a.items + i64(i / parents) * (parents + 1) + i % parents;
+        is_cut[threadIdx.x] = items[1] - items[0] > 1;
+    }
+    if (!__syncthreads_or(is_cut[threadIdx.x])) return;
+    for (int j = 0; j < THREADS; j++)
+        if (is_cut[j]) finish_parent(a, (first + j) / parents, (first + j) % parents);
 }
 
 struct Clear {

@@ -6,8 +6,8 @@
 //
 //     levels whose rows of S_{l+1} cover all the block's queries    the finer ones (level 0; for small b level 1 too)
 //     one list for the block: tiles of KEYS keys and values,        a list for each warp: tiles of 16 keys and values in
-//     brought in by all warps and used by all, the next one on      a ring of the warp's own, whose first come in before
-//     its way while this one is used                                all else is done
+//     brought in by all warps and used by all, the next ones on     a ring of the warp's own, whose first come in before
+//     their way while one is used                                   all else is done
 //
 // Log-weights are looked at one by one only in odd tiles: those of which a key is not there or has another weight than the
 // level's.
@@ -63,8 +63,8 @@ struct Next {
 // Whether one of the RUN tokens from `run` on is not there or has another weight than the level's.
 __device__ __forceinline__ bool is_odd(const Level& level, int run) { return run < 0 || run + RUN > level.regular; }
 
-// Calls use(tile) for every tile of the lists. coarse: [STAGES][keys, values][KEYS, PITCH] of the block; ring: [STAGES]
-// [keys, values][16, PITCH] of the warp.
+// Calls use(tile) for every tile of the lists. coarse: [COARSE_STAGES][keys, values][KEYS, PITCH] of the block; ring:
+// [STAGES][keys, values][16, PITCH] of the warp.
 template <class Use>
 __device__ __forceinline__ void walk(const Queries& q, const Level* level_of, Element* coarse, Element* ring, Use use) {
     constexpr int TILE = 2 * 16 * PITCH, SHARED_TILE = 2 * KEYS * PITCH;
@@ -132,22 +132,27 @@ __device__ __forceinline__ void walk(const Queries& q, const Level* level_of, El
         copies_commit();
         return odd;
     };
+    // The tile that is used, and up to COARSE_STAGES - 1 that are on their way
+    u32 odd_tiles = 0;   // bit i: what this thread brought into stage i is odd
     int i_stage = 0;
-    bool odd = STAGES == 2 && bring_next(0);
+    for (int i = 0; i < COARSE_STAGES - 1; i++) odd_tiles |= u32(bring_next(i)) << i;
     for (int i_level = 0; i_level < shared_levels; i_level++) {
         const Level& level = level_of[i_level];
         const int level_places = places(level, q.block_bits);
         for (int o_place = 0; o_place < level_places; o_place += KEYS) {
-            if (STAGES == 1) odd = bring_next(0);
-            copies_wait<0>();
-            const bool is_tile_odd = __syncthreads_or(odd);   // with two stages, all are also done with the other one
-            if (STAGES == 2) odd = bring_next(i_stage ^ 1);
+            if (COARSE_STAGES == 1) odd_tiles = bring_next(0);
+            copies_wait<(COARSE_STAGES > 2 ? COARSE_STAGES - 2 : 0)>();
+            const bool is_tile_odd = __syncthreads_or(odd_tiles >> i_stage & 1);
+            if (COARSE_STAGES > 1) {   // the stage before this one: all are done with it
+                const int i_before = (i_stage ? i_stage : COARSE_STAGES) - 1;
+                odd_tiles = (odd_tiles & ~(1u << i_before)) | u32(bring_next(i_before)) << i_before;
+            }
             const Element *k = coarse + i_stage * SHARED_TILE, *v = k + KEYS * PITCH;
 #pragma unroll
             for (int o = 0; o < KEYS; o += 16)
                 use(Tile{k + o * PITCH, v + o * PITCH, &level, o_place + o, is_tile_odd});
-            if (STAGES == 1) __syncthreads();
-            else i_stage ^= 1;
+            if (COARSE_STAGES == 1) __syncthreads();
+            else i_stage = i_stage == COARSE_STAGES - 1 ? 0 : i_stage + 1;
         }
     }
 
@@ -173,7 +178,7 @@ __device__ __forceinline__ void walk(const Queries& q, const Level* level_of, El
 // Shared memory of a block of queries: coarse tiles, rings, and the tiles of rows that stay; as attend.py and attend_backward.py reserve it.
 __device__ __forceinline__ Element* coarse_tiles() { return reinterpret_cast<Element*>(shared_memory()); }
 __device__ __forceinline__ Element* ring_of(int i_warp) {
-    return coarse_tiles() + STAGES * 2 * KEYS * PITCH + i_warp * STAGES * 2 * 16 * PITCH;
+    return coarse_tiles() + COARSE_STAGES * 2 * KEYS * PITCH + i_warp * STAGES * 2 * 16 * PITCH;
 }
 __device__ __forceinline__ Element* kept_rows(int i_warp, int tiles) {
     return ring_of(WARPS) + i_warp * tiles * 16 * PITCH;
