@@ -108,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) query_gradient(con
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const float p = exp2_fast(s[n][i] * scale + (log_count - row[i / 2].lse));
-                s[n][i] = s[n][i] == -INFINITE ? 0 : p * (dp[n][i] - row[i / 2].delta);
+                s[n][i] = p * (dp[n][i] - row[i / 2].delta);
             }
         }
         add_rows<2>(o, s, tile.k, lane);
@@ -173,7 +173,9 @@ __device__ __forceinline__ void add_queries(Keys& keys, const Arguments& a, cons
         for (int i = 0; i < 4; i++) {
             const float lse = i % 2 ? two.z : two.x, delta = i % 2 ? two.w : two.y;
             const bool is_there = lse != INFINITE;   // else the score may be 0 times an infinite key
-            s[n][i] = is_there ? exp2_fast(s[n][i] * a.scale + (keys.log_weight[i / 2] - lse)) : 0;
+            // Chosen before the power, not after it: else the compiler makes a branch for each of the 8
+            const float logit = s[n][i] * a.scale + (keys.log_weight[i / 2] - lse);
+            s[n][i] = exp2_fast(is_there ? logit : -INFINITE);
             dp[n][i] = is_there ? s[n][i] * (dp[n][i] - delta) : 0;
         }
     }
@@ -248,7 +250,7 @@ template <bool JOINT> __device__ __forceinline__ void gradient_of_keys(const Arg
     const int i_list = i_unit / units, unit = i_unit % units, i_part = unit % parts, which = unit / parts;
     if (i_list >= a.batch * a.kv_heads) return;                    // for the whole warp; JOINT: for the whole block
     const int i_batch = i_list / a.kv_heads, i_kv = i_list % a.kv_heads;
-    const int* items = a.items + i64(i_list) * (a.parents + 1);
+    const int* items = a.items + i64(i_list) * row_of(a.parents + 1);
 
     int parent = which, piece = 0;
     if (which >= a.parents) {                                      // the parent whose extra piece this is
@@ -264,7 +266,7 @@ template <bool JOINT> __device__ __forceinline__ void gradient_of_keys(const Arg
         piece = 1 + extra - (items[parent] - parent);
     }
     const int extras = items[parent] - parent, pieces = items[parent + 1] - items[parent];
-    const int* starts = a.starts + i_list * (i64(a.parents) * a.ranges + 1) + i64(parent) * a.ranges;
+    const int* starts = a.starts + i64(i_list) * row_of(a.parents * a.ranges + 1) + i64(parent) * a.ranges;
     const int start = parent ? starts[-1] : 0, entries = starts[a.ranges - 1] - start;
     const int* rows = a.rows + i64(i_list) * a.row_count * a.columns + start;
     const int group = a.heads / a.kv_heads;

@@ -22,6 +22,7 @@ UNPOOL = Struct("3Qq5i2f0q")
 FINISH = Struct(f"4Q{ARRAY}7i0q")
 CLEAR = Struct("Qq")
 UNPOOL_THREADS = 256
+FINISH_PARENTS = 32
 DENSE_PIECES = 16
 """Pieces of all queries that the coarsest level's keys are given to, at most: their sums take memory."""
 MOST_ROW_REGISTERS = 64
@@ -311,7 +312,7 @@ def attend_backward(
                             block_bits,
                         ),
                     )
-                    launch(unpool_kernel("finish", dtype), -(-lists * of.parents // UNPOOL_THREADS), finish, stream)
+                    launch(unpool_kernel("finish", dtype), -(-lists * of.parents // FINISH_PARENTS), finish, stream)
         if level == 0:
             return
         for _, parts, of_levels in wanted:

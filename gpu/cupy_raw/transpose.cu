@@ -6,7 +6,8 @@
 // counted by (parent, range), and each range is placed on its own.
 //
 // Every (batch entry, kv head) has a list of its own: starts[parents * ranges + 1], rows[row_count * columns],
-// items[parents + 1], where items[p] is the number of pieces of work before parent p.
+// items[parents + 1], where items[p] is the number of pieces of work before parent p; `starts` and `items` in rows of
+// whole fours.
 #include <numbers.cuh>
 
 constexpr int THREADS = 256;
@@ -29,7 +30,7 @@ __device__ __forceinline__ int parent_at(const Arguments& a, int i_list, int row
 
 extern "C" __global__ void __launch_bounds__(THREADS) clear_starts(const __grid_constant__ Arguments a) {
     const i64 i = i64(blockIdx.x) * THREADS + threadIdx.x;
-    if (i < i64(a.lists) * (i64(a.parents) * a.ranges + 1)) a.starts[i] = 0;
+    if (i < i64(a.lists) * row_of(a.parents * a.ranges + 1)) a.starts[i] = 0;
 }
 
 // A thread takes one pair and adds 1 to its counter: atomics on integers, whose order is of no consequence.
@@ -39,45 +40,40 @@ extern "C" __global__ void __launch_bounds__(THREADS) count_pairs(const __grid_c
     const int column = i % a.columns, row = i / a.columns % a.row_count, i_list = i / a.columns / a.row_count;
     const int parent = parent_at(a, i_list, row, column);
     if (parent >= 0)
-        atomicAdd(a.starts + i_list * (i64(a.parents) * a.ranges + 1) + i64(parent) * a.ranges + row / a.rows_per_range, 1);
+        atomicAdd(a.starts + i64(i_list) * row_of(a.parents * a.ranges + 1) + i64(parent) * a.ranges + row / a.rows_per_range, 1);
 }
 
-constexpr int EACH = 16;   // numbers in a row of a thread, all on their way at once
+// Every number becomes the sum of those before it, four to a thread at a time: first a thread's own, then within warps by
+// doubling steps, then over warps in the same way. The next ones are on their way meanwhile.
+__device__ __forceinline__ int sum_within_warp(int number, int lane) {
+    for (int step = 1; step < WARP; step *= 2) {
+        const int other = __shfl_up_sync(~0u, number, step);
+        if (lane >= step) number += other;
+    }
+    return number;
+}
 
-// Every number becomes the sum of those before it: EACH times SUM_THREADS at a time, first a thread's own, then within warps
-// by doubling steps, then over warps.
 __device__ __forceinline__ void sum_up(int* numbers, int length) {
-    __shared__ int of_warps[WARP];
-    const int lane = threadIdx.x % WARP, i_warp = threadIdx.x / WARP;
-    int before = 0;
-    for (int o = 0; o < length; o += EACH * SUM_THREADS) {
-        const int first = o + threadIdx.x * EACH;
-        int own[EACH], number = 0;   // the thread's numbers, then the sums before each; of all of them
-#pragma unroll
-        for (int j = 0; j < EACH; j++) own[j] = first + j < length ? numbers[first + j] : 0;
-#pragma unroll
-        for (int j = 0; j < EACH; j++) {
-            const int here = own[j];
-            own[j] = number;
-            number += here;
-        }
-        int sum = number;
-        for (int step = 1; step < WARP; step *= 2) {
-            const int other = __shfl_up_sync(~0u, sum, step);
-            if (lane >= step) sum += other;
-        }
-        if (lane == WARP - 1) of_warps[i_warp] = sum;
+    __shared__ int of_warps[2][WARP];   // in turns, so that one barrier is enough
+    static_assert(SUM_THREADS == WARP * WARP);
+    int4* fours = reinterpret_cast<int4*>(numbers);
+    const int lane = threadIdx.x % WARP, i_warp = threadIdx.x / WARP, n = length / 4;
+    int before = 0, turn = 0;
+    int4 next = make_int4(0, 0, 0, 0);
+    if (threadIdx.x < n) next = fours[threadIdx.x];
+    for (int i = threadIdx.x; i - int(threadIdx.x) < n; i += SUM_THREADS) {   // the same number of times for all threads
+        const int4 x = next;
+        next = make_int4(0, 0, 0, 0);
+        if (i + SUM_THREADS < n) next = fours[i + SUM_THREADS];
+        const int own = x.x + x.y + x.z + x.w, sum = sum_within_warp(own, lane);
+        if (lane == WARP - 1) of_warps[turn][i_warp] = sum;
         __syncthreads();
-        int warps_before = 0, all = 0;
-        for (int w = 0; w < SUM_THREADS / WARP; w++) {
-            if (w < i_warp) warps_before += of_warps[w];
-            all += of_warps[w];
-        }
-        __syncthreads();
-#pragma unroll
-        for (int j = 0; j < EACH; j++)
-            if (first + j < length) numbers[first + j] = before + warps_before + sum - number + own[j];
-        before += all;
+        const int warps = sum_within_warp(of_warps[turn][lane], lane);
+        const int warps_before = __shfl_sync(~0u, warps, i_warp ? i_warp - 1 : 0);
+        const int start = before + (i_warp ? warps_before : 0) + sum - own;
+        if (i < n) fours[i] = make_int4(start, start + x.x, start + x.x + x.y, start + x.x + x.y + x.z);
+        before += __shfl_sync(~0u, warps, WARP - 1);
+        turn ^= 1;
     }
     __syncthreads();
 }
@@ -85,10 +81,10 @@ __device__ __forceinline__ void sum_up(int* numbers, int length) {
 // A block takes one list: where each (parent, range) begins, and how many pieces of work lie before each parent: a piece for
 // every `split` tiles of its list, and at least one, which writes the zeros of a parent that nobody selected.
 extern "C" __global__ void __launch_bounds__(SUM_THREADS) sum_counts(const __grid_constant__ Arguments a) {
-    int* starts = a.starts + blockIdx.x * (i64(a.parents) * a.ranges + 1);
-    int* items = a.items + i64(blockIdx.x) * (a.parents + 1);
-    sum_up(starts, a.parents * a.ranges + 1);
-    for (int p = threadIdx.x; p <= a.parents; p += SUM_THREADS) {
+    int* starts = a.starts + i64(blockIdx.x) * row_of(a.parents * a.ranges + 1);
+    int* items = a.items + i64(blockIdx.x) * row_of(a.parents + 1);
+    sum_up(starts, row_of(a.parents * a.ranges + 1));
+    for (int p = threadIdx.x; p < row_of(a.parents + 1); p += SUM_THREADS) {
         int pieces = 0;
         if (p < a.parents) {
             const int tiles = (i64(starts[(p + 1) * a.ranges] - starts[p * a.ranges]) * a.run + 15) / 16;
@@ -97,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(SUM_THREADS) sum_counts(const __gri
         items[p] = pieces;
     }
     __syncthreads();
-    sum_up(items, a.parents + 1);
+    sum_up(items, row_of(a.parents + 1));
 }
 
 // A warp takes one range and goes through its pairs, one for each lane at a time: a lane's pair goes behind those of lower
@@ -107,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) place_pairs(const __grid_c
     const int lane = threadIdx.x % WARP;
     const int i = blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP, i_range = i % a.ranges, i_list = i / a.ranges;
     if (i_list >= a.lists) return;   // for the whole warp
-    int* starts = a.starts + i_list * (i64(a.parents) * a.ranges + 1) + i_range;
+    int* starts = a.starts + i64(i_list) * row_of(a.parents * a.ranges + 1) + i_range;
     int* rows = a.rows + i64(i_list) * a.row_count * a.columns;
     const int end = min(a.row_count, (i_range + 1) * a.rows_per_range) * a.columns;
     for (int o = i_range * a.rows_per_range * a.columns; o < end; o += WARP) {

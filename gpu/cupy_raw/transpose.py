@@ -64,7 +64,8 @@ def transpose_kernels() -> list[Kernel]:
 
 def transpose_spaces(lists: int, of: Lists) -> tuple[int, int, int]:
     """How many integers `starts`, `rows` and `items` hold for so many lists."""
-    return lists * (of.parents * of.ranges + 1), lists * of.row_count * of.columns, lists * (of.parents + 1)
+    starts, items = (-(-size // 4) * 4 for size in (of.parents * of.ranges + 1, of.parents + 1))
+    return lists * starts, lists * of.row_count * of.columns, lists * items
 
 
 def transpose(selected: Any, of: Lists, kv_heads: int, starts: Any, rows: Any, items: Any, stream: int) -> None:

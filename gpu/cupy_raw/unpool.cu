@@ -37,7 +37,7 @@ struct Finish {
 };
 
 __device__ __forceinline__ void finish_parent(const Finish& a, int i_list, int parent) {
-    const int* items = a.items + i64(i_list) * (a.parents + 1);
+    const int* items = a.items + i64(i_list) * row_of(a.parents + 1);
     const int extras = items[parent] - parent, pieces = items[parent + 1] - items[parent];
     const int first = parent << a.block_bits, keys = min(1 << a.block_bits, a.length - first);
     const i64 size = i64(a.dims) << a.block_bits;
@@ -56,17 +56,20 @@ __device__ __forceinline__ void finish_parent(const Finish& a, int i_list, int p
     }
 }
 
-// A thread looks at one parent: is there more than one piece? Then all threads of the block add them up, a dim of a key each.
+constexpr int PARENTS = 32;
+
+// A block takes PARENTS parents. A thread looks at one: are there several pieces? Then all threads add them up, each some dims.
 extern "C" __global__ void __launch_bounds__(THREADS) finish(const __grid_constant__ Finish a) {
-    __shared__ bool is_cut[THREADS];
-    const u32 first = blockIdx.x * THREADS, i = first + threadIdx.x, parents = a.parents;
-    is_cut[threadIdx.x] = false;
-    if (i < u32(a.lists) * parents) {
-        const int* items = a.items + i64(i / parents) * (parents + 1) + i % parents;
-        is_cut[threadIdx.x] = items[1] - items[0] > 1;
+    __shared__ bool is_cut[PARENTS];
+    const u32 first = blockIdx.x * PARENTS, i = first + threadIdx.x, parents = a.parents;
+    bool any = false;
+    if (threadIdx.x < PARENTS && i < u32(a.lists) * parents) {
+        const int* items = a.items + i64(i / parents) * row_of(parents + 1) + i % parents;
+        any = items[1] - items[0] > 1;
     }
-    if (!__syncthreads_or(is_cut[threadIdx.x])) return;
-    for (int j = 0; j < THREADS; j++)
+    if (threadIdx.x < PARENTS) is_cut[threadIdx.x] = any;
+    if (!__syncthreads_or(any)) return;
+    for (int j = 0; j < PARENTS; j++)
         if (is_cut[j]) finish_parent(a, (first + j) / parents, (first + j) % parents);
 }
 
