@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from llsa_np.adapters import View
 from llsa_np.adapters.numpy_arrays import dtype_name
-from llsa_np.gpu.numba_cuda.cuda import cuda, device_index, on_device, swap_axes, to_host
+from llsa_np.gpu.numba_cuda.cuda import device_index, empty, on_device, swap_axes, to_host
 
 
 class NumbaAdapter:
@@ -29,7 +29,7 @@ class NumbaAdapter:
         if layout == "bnhd":
             shape = (shape[0], shape[2], shape[1], *shape[3:])
         with on_device(like.device):
-            array = cuda.device_array(shape, like.array.dtype if dtype is None else np.dtype(dtype))
+            array = empty(shape, like.array.dtype if dtype is None else np.dtype(dtype))
         return array, self.view(array, layout)
 
     def stream(self, like: View) -> int:

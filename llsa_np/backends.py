@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,6 +20,15 @@ NAMES: tuple[str, ...] = get_args(BackendName)[1:]
 """In the order in which "auto" asks them."""
 DEVICES = {"numpy": "cpu", "numba_cuda": "cuda", "cupy_raw": "cuda"}
 """The kind of device whose arrays each backend serves."""
+
+COMPILER = {"cuda.core": "cuda-core", "cuda.bindings": "cuda-bindings"}
+PACKAGES = {"numba_cuda": {"numba": "numba", "numba_cuda": "numba-cuda"}, "cupy_raw": {"cupy": "cupy"} | COMPILER}
+"""The modules that each backend imports, and the packages that bring them."""
+EXTRA = "(pip install 'llsa-np[cuda13]', or 'llsa-np[cuda12]' for a CUDA 12 driver)"
+NEWER_DRIVER = (
+    "CUDA 13 needs driver 580 or newer, CUDA 12 one of 525 or newer: update the driver, or pip install "
+    "'llsa-np[cuda12]' in a new environment"
+)
 
 
 class Case(NamedTuple):
@@ -117,7 +127,8 @@ def backends() -> dict[str, tuple[str, ...]]:
     """What can serve on this machine: for every backend the reasons why it cannot, and none for one that can.
 
     Returns {"numpy": (), "numba_cuda": (reason, ...), "cupy_raw": (reason, ...)}; each reason names the way out where
-    there is one, such as the extra to install. Looks at installed packages and at the driver, imports no framework.
+    there is one, such as the extra to install. Looks at installed packages, CUDA's compiler and the driver, imports no
+    framework.
     """
     return {name: _reasons(name) for name in NAMES}
 
@@ -159,7 +170,7 @@ def choose(name: str, device: str, case: Case) -> Backend:
 def choose_compiler(case: Case) -> Backend:
     """The backend that compiles for a GPU which need not be here, if what it takes is here and it serves the case."""
     name = "cupy_raw"
-    missing = _missing({"cuda.core": "cuda-core", "cuda.bindings": "cuda-bindings"})
+    missing = _missing(COMPILER) or _no_compiler([])
     if missing:
         raise RuntimeError(f"{case.operation}: {missing}")
     backend = _load(name)
@@ -186,23 +197,64 @@ def _reasons(name: str) -> tuple[str, ...]:
     """Why a backend cannot run on this machine, looked up once a process."""
     if name == "numpy":
         return ()
-    packages = {
-        "numba_cuda": {"numba": "numba", "numba_cuda": "numba-cuda"},
-        "cupy_raw": {"cupy": "cupy", "cuda.core": "cuda-core"},
-    }[name]
-    reasons = []
-    missing = _missing(packages)
-    if missing:
-        reasons.append(missing)
+    missing = _missing(PACKAGES[name])
     if name == "numba_cuda" and _simulated():
-        return tuple(reasons)
-    if name == "cupy_raw" and _cuda_devices() and _compute_capability() < (8, 0):
-        major, minor = _compute_capability()
-        reasons.append(f"the device has compute capability {major}.{minor}, these kernels need 8.0 or more")
-    if not _cuda_devices():
+        return (missing,) if missing else ()
+    devices, driver = _devices(), driver_cuda()
+    reasons = [missing]
+    if name == "cupy_raw" and not missing:
+        reasons.append(_no_compiler(devices))
+    if not devices:
         simulator = " (NUMBA_ENABLE_CUDASIM=1 runs these kernels in Numba's simulator)" if name == "numba_cuda" else ""
         reasons.append(f"no CUDA device: the NVIDIA driver is missing or shows none{simulator}")
-    return tuple(reasons)
+    elif not driver:
+        reasons.append(
+            "the NVIDIA driver's library libcuda is missing; a container is given it with "
+            "NVIDIA_DRIVER_CAPABILITIES=compute,utility"
+        )
+    elif not missing:
+        reasons.append(_newer_than(driver, name))
+    if name == "cupy_raw" and devices and max(devices) < (8, 0):
+        major, minor = max(devices)
+        reasons.append(f"the device has compute capability {major}.{minor}, these kernels need 8.0 or more")
+    return tuple(filter(None, reasons))
+
+
+def _no_compiler(devices: list[tuple[int, int]]) -> str:
+    """Why NVRTC compiles nothing here, or for none of the devices; "" if it does."""
+    program = import_module("llsa_np.gpu.cupy_raw.program")
+    try:
+        compiler = program.compiler()
+    except RuntimeError as error:
+        return str(error)
+    refusals = [compiler.refusal(f"sm_{major}{minor}") for major, minor in devices if major >= 8]
+    return refusals[0] if refusals and all(refusals) else ""
+
+
+def _newer_than(driver: int, name: str) -> str:
+    """Which of a backend's packages are built for a newer CUDA than the driver serves, and the way out; "" if none.
+
+    A driver serves all minor versions of its major one.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    built_for = {}
+    with suppress(PackageNotFoundError):
+        built_for["cuda-bindings"] = int(version("cuda-bindings").partition(".")[0])
+    if name == "cupy_raw":  # CuPy's package is named after its CUDA; another build's tells at its first call
+        for major in (12, 13):
+            with suppress(PackageNotFoundError):
+                version(f"cupy-cuda{major}x")
+                built_for[f"cupy-cuda{major}x"] = major
+    newer = [f"{package} (CUDA {major})" for package, major in built_for.items() if major > driver // 1000]
+    if not newer:
+        return ""
+    return f"the NVIDIA driver serves CUDA {cuda_version(driver)}, too old for {' and '.join(newer)}; {NEWER_DRIVER}"
+
+
+def cuda_version(number: int) -> str:
+    """12040 as "12.4"."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _missing(packages: dict[str, str]) -> str:
@@ -210,8 +262,7 @@ def _missing(packages: dict[str, str]) -> str:
     missing = [package for module, package in packages.items() if not _installed(module)]
     if not missing:
         return ""
-    extra = "(pip install 'llsa-np[cuda13]', or 'llsa-np[cuda12]' for a CUDA 12 driver)"
-    return f"not installed: {', '.join(missing)} {extra}"
+    return f"not installed: {', '.join(missing)} {EXTRA}"
 
 
 def _simulated() -> bool:
@@ -226,14 +277,13 @@ def _installed(module: str) -> bool:
         return False
 
 
-def _compute_capability() -> tuple[int, int]:
-    """The highest of the devices that the driver shows."""
-    return max((capability for capability in _devices()), default=(0, 0))
-
-
-def _cuda_devices() -> int:
-    """How many devices the NVIDIA driver shows; 0 without a driver."""
-    return len(_devices())
+def driver_cuda() -> int:
+    """The newest CUDA that the driver serves, 12040 for 12.4; 0 without its library. Asking leaves CUDA untouched."""
+    version = ctypes.c_int(0)
+    for library in ("libcuda.so.1", "nvcuda.dll"):
+        with suppress(OSError):  # not this system's, or not there
+            ctypes.CDLL(library).cuDriverGetVersion(ctypes.byref(version))
+    return version.value
 
 
 def _devices() -> list[tuple[int, int]]:

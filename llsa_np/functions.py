@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, overload
 
 from llsa_np.adapters import common_adapter
 from llsa_np.backends import BackendName, Case, Work, check_backend, choose, choose_compiler, serves_gpu
-from llsa_np.call import empty_levels, lend, prepare
+from llsa_np.call import empty_levels, lend, naming_memory_errors, prepare
 from llsa_np.checks import check_dtype_name, check_floats, sizes
 from llsa_np.copies import copied_to_the_device
 from llsa_np.hierarchy import default_levels, hierarchy_of
@@ -71,6 +71,7 @@ def attention(
 ) -> tuple[Array, Array]: ...
 
 
+@naming_memory_errors
 @copied_to_the_device
 def attention(
     q: Array,
@@ -127,6 +128,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@naming_memory_errors
 @copied_to_the_device
 def select(
     q: Array,
@@ -156,6 +158,7 @@ def select(
     return call.select(kernels, call.levels(kernels, "k", key_hierarchy), key_hierarchy, topks)
 
 
+@naming_memory_errors
 @copied_to_the_device
 def attend(
     q: Array,
@@ -190,6 +193,7 @@ def attend(
     return call.attend(kernels, k_levels, v_levels, selection, options)
 
 
+@naming_memory_errors
 @copied_to_the_device
 def attend_backward(
     dout: Array,
@@ -252,6 +256,7 @@ def attend_backward(
     return gradients["q"][0], gradients["k"][0], gradients["v"][0]
 
 
+@naming_memory_errors
 @copied_to_the_device
 def pool(
     x: Array, *, block_size: int = 16, levels: int = 1, layout: Layout = "bhnd", backend: BackendName = "auto"
@@ -295,7 +300,8 @@ def precompile(
     arch: str | None = None,
     backend: BackendName = "auto",
 ) -> None:
-    """Compile ahead what calls with this dtype, these head dims and options will need, in every layout and alignment.
+    """Compile ahead what calls with this dtype, these head dims and options will need, in every layout and alignment,
+    for gradients of all inputs and of each alone.
 
     dtype: a NumPy or ml_dtypes element type or its name. dim: D. value_dim: Dv, D if None. levels=None: any L.
     arch: which GPU to compile for, e.g. "sm_90a", on any machine, by the CUDA C++ kernels ("auto" or "cupy_raw"), into

@@ -5,6 +5,7 @@ import re
 import ml_dtypes
 import numpy as np
 import pytest
+from strategies import SIMULATED
 
 import llsa_np as llsa
 from llsa_np import adapters
@@ -451,6 +452,27 @@ def test_hierarchy(arguments):
 )
 def test_hierarchy_methods(method, arguments):
     refused(lambda: getattr(llsa.Hierarchy(20, 4, 2), method)(*arguments), ValueError, "Hierarchy")
+
+
+@pytest.mark.parametrize("name", ["attention", "select", "attend", "attend_backward", "pool"])
+def test_results_for_which_there_is_no_memory(name, backend, framework):
+    """More than any machine can address."""
+    if framework.name == "numba" and not SIMULATED:
+        pytest.skip("Numba's arrays are copies, which have no room either")
+
+    def one_number(dtype, *shape):
+        return framework.array(np.broadcast_to(dtype(0), (2**30, 2, *shape)))
+
+    x, lse = one_number(F32, 2**16, 16), one_number(F32, 2**16)
+    rows = [one_number(np.int32, 2**12, 1)]
+    selection = llsa.Selection(rows, block_size=16, query_tokens=2**16, key_tokens=2**16, validate=False)
+    arrays = {"pool": (x,), "select": (x, x), "attend": (x, x, x, selection)}
+    arrays["attend_backward"] = (x, x, x, x, x, lse, selection)
+    message = refused(
+        lambda: getattr(llsa, name)(*arrays.get(name, (x, x, x)), backend=backend), MemoryError, "fewer batch entries"
+    )
+    assert message.startswith(f"{name}: ")
+    assert re.search(r"\d\.? (bytes|[KMGTPE]iB)", message), "how much was asked for"
 
 
 def test_switches_are_true_or_false():

@@ -1,12 +1,19 @@
 """The CUDA C++ kernels without a GPU: compiled for all architectures, and emulated what the facts do not single out."""
 
+import ctypes
 import importlib
 import io
 import os
 import re
+import struct
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import ModuleSpec
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from threading import Barrier
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +26,12 @@ import llsa_np as llsa
 pytest.importorskip("cuda.core", reason="cuda-core is not installed")
 
 from llsa_np.gpu.cupy_raw import attend, attend_backward, pool, program, select, transpose
+from llsa_np.gpu.cupy_raw.levels import LEVEL, MOST_LEVELS
 from llsa_np.gpu.cupy_raw.specialisations import PORTABLE_SHARED, Tile, all_tiles
 from llsa_np.hierarchy import Hierarchy
 from llsa_np.options import check_attend_options
+
+backends = importlib.import_module("llsa_np.backends")  # whose name in the package is the function's
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
 COVER = [
@@ -52,6 +62,11 @@ def kernels_of(tile, whole):
     return list(dict.fromkeys([*forward, *attend_backward.backward_kernels(tile, whole)]))
 
 
+def is_of_one_gradient(kernel):
+    """Of dk alone, or of dv."""
+    return len({value for name, value in kernel.defines if name.startswith("NEEDS_")}) == 2
+
+
 def compilations(kernels):
     """One kernel for each compilation: several come from one."""
     return list({(kernel.source, kernel.defines): kernel for kernel in kernels}.values())
@@ -78,6 +93,8 @@ def measured(kernel, arch):
 def test_a_cover_of_the_specialisations_compiles(tile, whole, arch):
     """And fits every card of the architecture. The rest is left to `make kernels`."""
     kernels = kernels_of(tile, whole)
+    if tile.WIDTH <= attend_backward.MOST_BOTH:
+        kernels = [kernel for kernel in kernels if not is_of_one_gradient(kernel)]
     dynamic = {(kernel.source, kernel.defines, kernel.name): kernel.shared_bytes for kernel in kernels}
     for kernel in compilations(kernels):
         found = measured(kernel, arch)
@@ -101,62 +118,547 @@ def test_all_specialisations_compile(tile):
             print(f"{arch} {kernel.source} {tile.dtype} {tile.WIDTH}: {found}")
 
 
-@on_compiler
-def test_what_compiled_once_is_kept(tmp_path, monkeypatch):
-    """In LLSA_CACHE_DIR. An entry that was cut short is compiled again."""
-    kernel = pool.pool_kernels("float32", True)[0]
-    monkeypatch.setenv("LLSA_CACHE_DIR", str(tmp_path))
+# --- the cache
+
+
+@pytest.fixture
+def cache_folder(tmp_path, monkeypatch):
+    """An empty folder for the cache, and no cache open."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("LLSA_CACHE_DIR", str(folder))
     program.programs.cache_clear()
-    first = program.compile_cubin(kernel, "sm_90a")
-    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size == len(first)]
-    assert files, "nothing was kept"
-    for length in (0, 100, len(first) - 1):
-        files[0].write_bytes(first[:length])
-        assert program.compile_cubin(kernel, "sm_90a") == first
-    monkeypatch.setattr("cuda.core.Program", None)  # another compilation would fail
-    assert program.compile_cubin(kernel, "sm_90a") == first
-    assert program.compile_cubin(kernel, "sm_90") == first, "a device is asked for by its number alone"
+    yield folder
     program.programs.cache_clear()
 
 
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """A function from whose call on nothing can be compiled."""
+
+    def fail(*_):
+        raise AssertionError("this compiles")
+
+    return lambda: monkeypatch.setattr("cuda.core.Program", fail)
+
+
+QUICK = pool.pool_kernels("float32", True)[0]
+"""The quickest to compile."""
+
+
+def entries(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
 @on_compiler
-def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
-    blocked = tmp_path / "file"
-    blocked.write_text("not a folder")
-    monkeypatch.setenv("LLSA_CACHE_DIR", str(blocked))
-    program.programs.cache_clear()
-    assert program.compile_cubin(pool.pool_kernels("float32", True)[0], "sm_90a")[:4] == b"\x7fELF"
-    program.programs.cache_clear()
+def test_what_compiled_once_is_kept(cache_folder, no_compiler):
+    """In LLSA_CACHE_DIR. An entry that is not as it was written is compiled again."""
+    first = program.compile_cubin(QUICK, "sm_90a")
+    (file,) = entries(cache_folder)
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    for damaged in (
+        b"",
+        whole[:20],
+        whole[:-1],
+        whole + b"\0",
+        whole[:middle].ljust(len(whole), b"\0"),
+        whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+    ):
+        file.write_bytes(damaged)
+        assert program.compile_cubin(QUICK, "sm_90a") == first
+        assert file.read_bytes() == whole
+    no_compiler()
+    assert program.compile_cubin(QUICK, "sm_90a") == first
+    assert program.compile_cubin(QUICK, "sm_90") == first, "a device is asked for by its number alone"
+    file.write_bytes(whole[:-1])
+    with pytest.raises(AssertionError, match="this compiles"):
+        program.compile_cubin(QUICK, "sm_90a")
+
+
+@on_compiler
+@pytest.mark.parametrize("blocked", ["a file", "cannot be made", "home is a file", "no home", "goes away"])
+def test_a_cache_that_cannot_be_written(blocked, cache_folder, no_compiler, monkeypatch):
+    """The compiled program is in memory then, or compiled again."""
+    if blocked == "a file":
+        cache_folder.write_text("not a folder")
+    elif blocked == "cannot be made":  # by nobody, root included
+        monkeypatch.setenv("LLSA_CACHE_DIR", "/proc/self/fdinfo")
+    elif blocked == "goes away":
+        program.programs()
+        for part in ("entries", "tmp"):
+            (cache_folder / "llsa-np" / part).rmdir()
+            (cache_folder / "llsa-np" / part).write_text("not a folder")
+    else:
+        monkeypatch.delenv("LLSA_CACHE_DIR")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setenv("HOME", "/dev/null")
+    if blocked == "no home":
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+        with pytest.raises(RuntimeError):
+            Path.home()
+    first = program.compile_cubin(QUICK, "sm_90a")
+    assert first[:4] == b"\x7fELF"
+    if blocked != "goes away":
+        no_compiler()
+    assert program.compile_cubin(QUICK, "sm_90a") == first
+
+
+COMPILE = """
+import hashlib, sys, time
+from pathlib import Path
+from llsa_np.gpu.cupy_raw import pool, program
+program.compiler()
+folder, name, others = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+(folder / name).touch()
+while len(list(folder.glob("ready*"))) < others:
+    time.sleep(0.001)
+print(hashlib.sha256(program.compile_cubin(pool.pool_kernels("float32", True)[0], "sm_90")).hexdigest())
+"""
+
+
+@on_compiler
+def test_processes_that_compile_at_once(cache_folder, tmp_path):
+    """Into one empty cache."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", COMPILE, str(tmp_path), f"ready{i}", "3"], stdout=subprocess.PIPE, text=True
+        )
+        for i in range(3)
+    ]
+    told = {process.communicate(timeout=120)[0].strip() for process in processes}
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert len(told) == 1
+    assert len(entries(cache_folder)) == 1, "one whole entry, nothing left over"
+
+
+def at_once(function, threads=6):
+    """What a function gives in threads that call it at the same time."""
+    barrier = Barrier(threads)
+
+    def call(_):
+        barrier.wait()
+        return function()
+
+    with ThreadPoolExecutor(threads) as pool_of_threads:
+        return list(pool_of_threads.map(call, range(threads)))
+
+
+@on_compiler
+def test_threads_that_compile_at_once(cache_folder):
+    assert len(set(at_once(lambda: program.compile_cubin(QUICK, "sm_90")))) == 1
+    assert len(entries(cache_folder)) == 1
+
+
+# --- compiling ahead
 
 
 @on_compiler
 @pytest.mark.parametrize("named", ["auto", "cupy_raw"])
-def test_precompile_for_a_gpu_that_is_not_here(named, tmp_path, monkeypatch):
+def test_precompile_for_a_gpu_that_is_not_here(named, cache_folder, no_compiler):
     """After it nothing that a call needs is compiled again."""
-    monkeypatch.setenv("LLSA_CACHE_DIR", str(tmp_path))
-    program.programs.cache_clear()
-    llsa.precompile("bfloat16", 32, topk=4, backward=named == "auto", arch="sm_90a", backend=named)
-    monkeypatch.setattr("cuda.core.Program", None)  # a compilation would fail
+    llsa.precompile("bfloat16", 32, topk=4, backward=False, arch="sm_90a", backend=named)
+    no_compiler()
     tile = Tile("bfloat16", 32)
     for whole in (True, False):
-        for kernel in (*pool.pool_kernels("bfloat16", whole), select.select_kernel(tile, whole)):
+        for kernel in (*pool.pool_kernels("bfloat16", whole), attend.attend_kernel(tile, whole)):
             assert program.compile_cubin(kernel, "sm_90a")[:4] == b"\x7fELF"
-    program.programs.cache_clear()
     with pytest.raises(NotImplementedError, match="serves sm_80 and up"):
         llsa.precompile("bfloat16", 32, arch="sm_75", backend=named)
     with pytest.raises(ValueError, match="arch"):
         llsa.precompile("bfloat16", 32, arch="sm_", backend=named)
     with pytest.raises(NotImplementedError, match="cupy_raw serves D"):
         llsa.precompile("bfloat16", 12, arch="sm_90a", backend=named)
-    with pytest.raises(TypeError, match="not callable"):
+    with pytest.raises(AssertionError, match="this compiles"):
         llsa.precompile("float32", 64, arch="sm_90a", backend=named)  # what is not kept would be compiled
+
+
+@emulated
+@pytest.mark.parametrize(("dim", "value_dim"), [(32, 32), (40, 72), (64, 200)])
+def test_precompile_is_what_calls_need(dim, value_dim, cache_folder, no_compiler, monkeypatch):
+    """Every kernel of calls of all kinds comes from the cache then; nothing was compiled twice or in vain."""
+    launched, launched_for = [], {}
+    for module in (attend, attend_backward, pool, select, transpose):
+        monkeypatch.setattr(module, "launch", lambda kernel, *_: launched.append(kernel))
+    for unaligned in (0, 1):
+        q, k, v, dout, out = (
+            np.zeros((1, 2, 300, unaligned + width), np.float32)[..., unaligned:]
+            for width in (dim, dim, value_dim, value_dim, value_dim)
+        )
+        lse = np.zeros((1, 2, 300), np.float32)
+        options = {"backend": "cupy_raw"}
+        selection = llsa.select(q, k, levels=3, block_size=8, topk=2, **options)
+        llsa.attend(q, k, v, selection, **options)
+        for needs in ("q", "k", "v", "qk", "qv", "kv", "qkv"):
+            before = len(launched)
+            llsa.attend_backward(dout, q, k, v, out, lse, selection, needs=tuple(needs), **options)
+            launched_for[needs] = set(launched[before:])
+        assert launched_for["q"] <= launched_for["qkv"], "dq alone has no compilation of its own"
+    asked = []
+
+    def counted(code, _, options):  # in the place of cuda.core.Program, which compiles it
+        asked.append((code, tuple(options.define_macro)))
+        return SimpleNamespace(compile=lambda *_, **__: SimpleNamespace(code=b"machine code"))
+
+    monkeypatch.setattr("cuda.core.Program", counted)
+    llsa.precompile("float32", dim, value_dim, arch="sm_90")
+    assert len(asked) == len(set(asked)) == len(compilations(launched))
+    no_compiler()
+    for kernel in launched:
+        program.compile_cubin(kernel, "sm_90")
+
+
+# --- what goes wrong
+
+
+class FakeCuPy:
+    """The part of CuPy that `program` uses, on a machine with one GPU of compute capability 9.0."""
+
+    class CUDADriverError(RuntimeError):
+        pass
+
+    class CUDARuntimeError(RuntimeError):
+        pass
+
+    def __init__(self):
+        self.loaded = []
+        self.fails_at_load = self.fails_at_once = None
+        runtime = SimpleNamespace(
+            getDevice=lambda: 0,
+            getDeviceCount=self.count,
+            runtimeGetVersion=lambda: 13020,
+            CUDARuntimeError=self.CUDARuntimeError,
+        )
+        driver = SimpleNamespace(
+            CUDADriverError=self.CUDADriverError,
+            funcSetAttribute=lambda *_: None,
+            CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8,
+        )
+        device = SimpleNamespace(compute_capability="90")
+        self.module = ModuleType("cupy")
+        self.module.__spec__ = ModuleSpec("cupy", None)
+        self.module.cuda = SimpleNamespace(
+            runtime=runtime,
+            driver=driver,
+            Device=lambda _: device,
+            Module=lambda: SimpleNamespace(load=self.load, get_function=self.function),
+        )
+
+    def count(self):
+        if self.fails_at_once:
+            raise self.CUDARuntimeError(self.fails_at_once)
+        return 1
+
+    def load(self, code):
+        if self.fails_at_load:
+            raise self.CUDADriverError(self.fails_at_load)
+        self.loaded.append(code)
+
+    def function(self, name):
+        return SimpleNamespace(ptr=0, name=name)
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    """FakeCuPy as the installed one, and nothing loaded yet."""
+    fake = FakeCuPy()
+    caches = (program.architecture, program.check_driver)
+    monkeypatch.setitem(sys.modules, "cupy", fake.module)
+    monkeypatch.setattr(program, "_functions", {})
+    monkeypatch.setattr(program, "_modules", {})
+    for cached in caches:
+        cached.cache_clear()
+    yield fake
+    for cached in caches:
+        cached.cache_clear()
+
+
+class Machine:
+    """The driver's libraries and the installed packages, as a test says they are."""
+
+    def __init__(self):
+        self.capabilities = [(9, 0)]
+        self.driver = 13000
+        """What libcuda tells; None: it is not there."""
+        self.packages = {"cuda-bindings": "13.1.0", "cupy-cuda13x": "14.2.0"}
+
+    def library(self, name, *arguments, **options):
+        if name in ("libnvidia-ml.so.1", "nvml.dll", "libcuda.so.1", "nvcuda.dll"):
+            if name == ("libcuda.so.1" if self.driver else None) or (name == "libnvidia-ml.so.1" and self.capabilities):
+                return self
+            raise OSError(f"{name}: cannot open shared object file")
+        return self.real(name, *arguments, **options)
+
+    real = ctypes.CDLL
+
+    def version(self, package):
+        if package not in self.packages:
+            raise PackageNotFoundError(package)
+        return self.packages[package]
+
+    def cuDriverGetVersion(self, version):  # noqa: N802
+        version._obj.value = self.driver
+
+    def nvmlInit_v2(self):  # noqa: N802
+        return 0
+
+    def nvmlDeviceGetCount_v2(self, count):  # noqa: N802
+        count._obj.value = len(self.capabilities)
+
+    def nvmlDeviceGetHandleByIndex_v2(self, i, handle):  # noqa: N802
+        handle._obj.value = i + 1
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle, major, minor):  # noqa: N802
+        major._obj.value, minor._obj.value = self.capabilities[handle.value - 1]
+
+    def nvmlShutdown(self):  # noqa: N802
+        pass
+
+
+@pytest.fixture
+def machine(cupy, monkeypatch):
+    """A machine on which everything is as it should be."""
+    here = Machine()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("ctypes.CDLL", here.library)
+    monkeypatch.setattr("importlib.metadata.version", here.version)
+    caches = (backends._reasons, program.compiler)
+    for cached in caches:
+        cached.cache_clear()
+    yield here
+    for cached in caches:
+        cached.cache_clear()
+
+
+CASE = backends.Case("attention", "bfloat16", 64, 64, 16, (8,))
+
+
+def refused(*words):
+    """cupy_raw cannot run here for one reason, in which these words are."""
+    (reason,) = llsa.backends()["cupy_raw"]
+    for word in words:
+        assert word in reason, reason
+    with pytest.raises(RuntimeError, match="backend 'cupy_raw' cannot run here") as caught:
+        llsa.precompile("bfloat16", 64, backend="cupy_raw")
+    assert reason in str(caught.value)
+    assert len(reason) < 400
+
+
+@on_compiler
+def test_a_machine_on_which_all_is_well(machine):
+    assert llsa.backends()["cupy_raw"] == llsa.backends()["numba_cuda"] == ()
+    assert backends.choose("auto", "cuda:0", CASE).name == "cupy_raw"
+    machine.driver = 12000
+    machine.packages = {"cuda-bindings": "12.9.0", "cupy-cuda12x": "14.2.0"}
+    backends._reasons.cache_clear()
+    assert llsa.backends()["cupy_raw"] == llsa.backends()["numba_cuda"] == ()
+
+
+@on_compiler
+@pytest.mark.parametrize("package", ["cuda-bindings", "cupy-cuda13x"])
+def test_a_driver_too_old(package, machine):
+    machine.driver = 12040
+    machine.packages = {"cuda-bindings": "12.9.0"} | {package: machine.packages[package]}
+    words = ("driver serves CUDA 12.4", f"{package} (CUDA 13)", "580 or newer", "'llsa-np[cuda12]'")
+    refused(*words)
+    if package == "cupy-cuda13x":  # which Numba does without
+        assert backends.choose("auto", "cuda:0", CASE).name == "numba_cuda"
+    else:
+        with pytest.raises(ValueError, match=r"cupy_raw: the NVIDIA driver.*numba_cuda: the NVIDIA driver"):
+            backends.choose("auto", "cuda:0", CASE)
+
+
+@on_compiler
+def test_no_driver_and_no_device(machine):
+    machine.driver = None
+    refused("libcuda is missing", "NVIDIA_DRIVER_CAPABILITIES")
+    machine.capabilities = []
+    backends._reasons.cache_clear()
+    refused("no CUDA device", "driver is missing")
+
+
+@on_compiler
+def test_devices_that_are_not_served(machine):
+    machine.capabilities = [(7, 5)]
+    refused("compute capability 7.5", "8.0 or more")
+    machine.capabilities = [(99, 0)]
+    backends._reasons.cache_clear()
+    refused("does not know sm_990", "sm_90, ", "pip install --upgrade nvidia-cuda-nvrtc")
+    machine.capabilities = [(99, 0), (9, 0)]
+    backends._reasons.cache_clear()
+    assert llsa.backends()["cupy_raw"] == ()
+
+
+@on_compiler
+@pytest.mark.parametrize("what", ["no compiler", "a broken compiler", "no headers"])
+def test_a_compiler_that_is_not_there(what, machine, monkeypatch):
+    """cuda-core is installed, NVRTC or its headers are not, or cannot be loaded: the next backend serves."""
+    from cuda.pathfinder import DynamicLibNotFoundError
+
+    def load(_):
+        if what == "no compiler":
+            raise DynamicLibNotFoundError("No such file: libnvrtc.so.13")
+        raise RuntimeError("Failed to dlopen libnvrtc.so.13: invalid ELF header")
+
+    if what != "no headers":
+        monkeypatch.setattr("cuda.pathfinder.load_nvidia_dynamic_lib", load)
+        words = ("NVRTC is not installed", "'llsa-np[cuda13]'")
+        if what == "a broken compiler":
+            words = ("NVRTC cannot be loaded", "invalid ELF header", "--force-reinstall nvidia-cuda-nvrtc")
+    else:
+        monkeypatch.setattr("cuda.pathfinder.find_nvidia_header_directory", lambda _: None)
+        words = ("CUDA's headers are not installed", "'llsa-np[cuda13]'")
+    refused(*words)
+    assert backends.choose("auto", "cuda:0", CASE).name == "numba_cuda"
+    with pytest.raises(RuntimeError, match="precompile: CUDA's ") as caught:
+        llsa.precompile("bfloat16", 64, arch="sm_90")
+    assert words[0] in str(caught.value)
+
+
+@on_compiler
+@pytest.mark.parametrize("package", ["cupy", "cuda.core", "cuda.bindings"])
+def test_a_package_that_is_not_there(package, machine, monkeypatch):
+    plain = backends.find_spec
+    monkeypatch.setattr(backends, "find_spec", lambda name: None if name == package else plain(name))
+    refused(f"not installed: {package.replace('.', '-')} (pip install 'llsa-np[cuda13]'")
 
 
 @on_compiler
 def test_an_error_of_the_compiler_is_told():
-    kernel = program.Kernel("pool.cu", "pool", (("ELEMENT_FLOAT32", "1"), ("WHOLE", "oops(")), 128)
-    with pytest.raises(RuntimeError, match=r"cupy_raw: pool\.cu"):
+    """In one line; its whole log is what that comes from."""
+    kernel = QUICK._replace(defines=(("ELEMENT_FLOAT32", "1"), ("WHOLE", "oops(")))
+    with pytest.raises(RuntimeError, match=r"cupy_raw: pool\.cu did not compile for sm_90 .*error: ") as caught:
         program.compile_cubin(kernel, "sm_90a")
+    assert "\n" not in str(caught.value)
+    assert "compilation log" in str(caught.value.__cause__)
+    with pytest.raises(RuntimeError, match=r"cupy_raw: NVRTC .* does not know sm_999, but .*sm_90, .*pip install"):
+        program.compile_cubin(QUICK, "sm_999")
+
+
+@on_compiler
+def test_a_driver_that_does_not_take_what_was_compiled(cupy, machine, cache_folder):
+    cupy.fails_at_load = "CUDA_ERROR_INVALID_IMAGE: device kernel image is invalid"
+    told = r"cupy_raw: .* driver, of CUDA 13\.0, does not load pool\.cu .*sm_90: CUDA_ERROR_INVALID_IMAGE.*580 or newer"
+    with pytest.raises(RuntimeError, match=told) as caught:
+        program.function(QUICK)
+    assert isinstance(caught.value.__cause__, FakeCuPy.CUDADriverError)
+    cupy.fails_at_load = "CUDA_ERROR_OUT_OF_MEMORY: out of memory"
+    with pytest.raises(MemoryError, match=r"no room for pool\.cu, [\d,]+ bytes"):
+        program.function(QUICK)
+    cupy.fails_at_load = None
+    assert program.function(QUICK).name == "pool", "an error is not kept"
+
+
+@on_compiler
+def test_a_driver_that_cupy_does_not_take(cupy, machine):
+    """Of a CuPy whose package does not tell what it was built for."""
+    machine.driver = 12040
+    cupy.fails_at_once = "cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version"
+    told = r"CuPy, built for CUDA 13\.2, cannot use the NVIDIA driver, of CUDA 12\.4: cudaErrorInsufficientDriver.*580"
+    for call in (lambda: program.on_device("cuda:0"), lambda: program.precompile([QUICK], None)):
+        with pytest.raises(RuntimeError, match=told) as caught:
+            call()
+        assert isinstance(caught.value.__cause__, FakeCuPy.CUDARuntimeError)
+    cupy.fails_at_once = None
+    program.on_device("cuda:0")
+
+
+@on_compiler
+def test_threads_that_call_at_once(cupy, cache_folder):
+    """A kernel is loaded once, and kernels of one compilation come from one module."""
+    count, place = transpose.transpose_kernels()[1::2]
+    assert {found.name for found in at_once(lambda: program.function(count))} == {"count_pairs"}
+    assert program.function(place).name == "place_pairs"
+    program.precompile(transpose.transpose_kernels(), None)
+    assert len(cupy.loaded) == 1
+
+
+def test_memory_that_numba_does_not_get(monkeypatch):
+    """Numba has an error of its own for it, which does not tell how much was asked for."""
+    ours = pytest.importorskip("llsa_np.gpu.numba_cuda.cuda", reason="numba-cuda is not installed")
+    error = ours.driver.CudaAPIError(2, "Call to cuMemAlloc results in CUDA_ERROR_OUT_OF_MEMORY")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(ours.cuda, "device_array", fail)
+    monkeypatch.setattr(ours.cuda, "to_device", fail)
+    for call in (lambda: ours.empty((2, 3), np.dtype(np.float32)), lambda: ours.to_device(np.zeros(6, np.float32))):
+        error.code = 2
+        with pytest.raises(MemoryError, match="no memory left for 24 bytes") as caught:
+            call()
+        assert caught.value.__cause__ is error
+        error.code = 999
+        with pytest.raises(ours.driver.CudaAPIError):
+            call()
+
+
+# --- arguments
+
+STRUCTS = {
+    ("levels.cuh", "Level"): LEVEL,
+    ("pool.cu", "Arguments"): pool.ARGUMENTS.format,
+    ("select.cu", "Arguments"): select.ARGUMENTS.format,
+    ("attend.cu", "Arguments"): attend.ARGUMENTS.format + LEVEL * MOST_LEVELS,
+    ("attend_backward.cu", "Arguments"): attend_backward.ARGUMENTS.format + LEVEL * MOST_LEVELS,
+    ("transpose.cu", "Arguments"): transpose.ARGUMENTS.format,
+    ("unpool.cu", "Arguments"): attend_backward.UNPOOL.format,
+    ("unpool.cu", "Finish"): attend_backward.FINISH.format,
+    ("unpool.cu", "Clear"): attend_backward.CLEAR.format,
+}
+"""What kernels take, as C tells it, and the format in which it is packed."""
+
+
+def spelled_out(packed):
+    """A format of `struct` with a letter for every value: "2iq0q" as "iiq"."""
+    return re.sub(r"(\d+)(\w)", lambda found: int(found[1]) * found[2], packed)
+
+
+def body_of(source, name):
+    """What stands between a struct's braces, without comments."""
+    text = re.sub(r"//[^\n]*", "", (program.FOLDER / source).read_text())
+    (body,) = re.findall(rf"struct {name} {{(.*?)}};", text, re.DOTALL)
+    return body
+
+
+def fields_of(source, name):
+    """The format of every field of a struct, by its text."""
+    kinds = {"i64": "q", "int": "i", "float": "f", "Array": program.ARRAY, "Level": LEVEL}
+    fields = {}
+    for declaration in filter(None, map(str.strip, body_of(source, name).split(";"))):
+        kind, rest = re.fullmatch(r"(?:const )?(\w+)(.*)", declaration, re.DOTALL).groups()
+        for field in rest.split(","):
+            value = spelled_out("Q" if "*" in rest else kinds[kind])
+            fields[re.search(r"\w+", field)[0]] = value * (MOST_LEVELS if "[MOST_LEVELS]" in field else 1)
+    return fields
+
+
+@on_compiler
+@pytest.mark.parametrize(("source", "name"), STRUCTS)
+def test_arguments_are_packed_as_c_lays_them_out(source, name, tmp_path, cache_folder):
+    """Type for type in C's order, and each field where the compiler says that it is."""
+    fields, packed = fields_of(source, name), STRUCTS[source, name]
+    assert spelled_out(packed) == "".join(fields.values())
+    checks, before = [f"sizeof(given::{name}) == {struct.calcsize(packed)}"], ""
+    for field, value in fields.items():
+        checks.append(f"__builtin_offsetof(given::{name}, {field}) == {struct.calcsize(f'{before}0{value[0]}')}")
+        before += value
+    file = tmp_path / "layout.cu"
+    file.write_text(
+        f"#include <levels.cuh>\nstruct Row;\nnamespace given {{ struct {name} {{ {body_of(source, name)} }}; }}\n"
+        + "\n".join(f'static_assert({check}, "");' for check in checks)
+    )
+    program.compile_cubin(program.Kernel(str(file), "", (("ELEMENT_FLOAT32", "1"),), 1), "sm_90")
+
+
+def test_lists_lie_side_by_side_in_the_arguments():
+    """The sizes of the lists go into the gradients' arguments as they come."""
+    names = list(fields_of("attend_backward.cu", "Arguments"))
+    first = names.index(transpose.Lists._fields[0])
+    assert tuple(names[first : first + len(transpose.Lists._fields)]) == transpose.Lists._fields
+
+
+# --- what is served
 
 
 @on_compiler
@@ -181,7 +683,7 @@ def test_workspace_is_bounded_by_shapes():
 
 def test_refusals_name_what_is_served():
     backend = importlib.import_module("llsa_np.gpu.cupy_raw.backend").backend
-    case = importlib.import_module("llsa_np.backends").Case("attention", "float64", 12, 264, 12, (65,))
+    case = backends.Case("attention", "float64", 12, 264, 12, (65,))
     assert backend.refusals(case) == [
         "serves float16, bfloat16, float32, not float64",
         "serves D of 16..256 in steps of 8, not 12",

@@ -189,7 +189,7 @@ def test_results_lie_beside_the_arrays(monkeypatch):
 
     entered = []
     monkeypatch.setattr(numba_arrays, "on_device", lambda name: entered.append(name) or nullcontext())
-    monkeypatch.setattr(numba_arrays, "cuda", SimpleNamespace(device_array=lambda shape, dtype: np.empty(shape, dtype)))
+    monkeypatch.setattr(numba_arrays, "empty", np.empty)
     monkeypatch.setattr(numba_arrays, "device_index", lambda _: 1)
     adapter.empty((2, 3), "int32", View((2, 3), "int32", "cuda:1", np.empty((2, 3), "int32")))
     assert entered == ["cuda:1"]

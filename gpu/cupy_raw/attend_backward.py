@@ -116,11 +116,19 @@ def unpool_kernel(name: str, dtype: str) -> Kernel:
     return Kernel("unpool.cu", name, ((f"ELEMENT_{dtype.upper()}", "1"), ("WHOLE", "0")), UNPOOL_THREADS)
 
 
+@cache
+def kernels_of_launches(tile: Tile, whole: bool, needs_k: bool, needs_v: bool) -> tuple[Kernels, ...]:
+    """The compilations that a call needs; the first has the queries' side too. For dq alone, one of those for all."""
+    needs = needs_of_launches(tile, needs_k, needs_v) or needs_of_launches(tile, True, True)[:1]
+    return tuple(gradient_kernels(tile, whole, *of) for of in needs)
+
+
 def backward_kernels(tile: Tile, whole: bool) -> list[Kernel]:
-    """All that gradients of all three inputs need."""
-    kernels = [k for needs in needs_of_launches(tile, True, True) for k in gradient_kernels(tile, whole, *needs)]
+    """All that gradients of any of the inputs need."""
+    asked = [(True, True), (True, False), (False, True), (False, False)]
+    kernels = [k for needs in asked for kernels in kernels_of_launches(tile, whole, *needs) for k in kernels]
     small = [unpool_kernel(name, tile.dtype) for name in ("unpool", "finish", "clear")]
-    return [*kernels, *small, *transpose_kernels()]
+    return list(dict.fromkeys([*kernels, *small, *transpose_kernels()]))
 
 
 # --- sizes
@@ -259,9 +267,7 @@ def attend_backward(
             + levels
         )
 
-    any_kernels = gradient_kernels(
-        tile, whole, *(needs_of_launches(tile, dk is not None, dv is not None) or [(True, True)])[0]
-    )
+    any_kernels = kernels_of_launches(tile, whole, dk is not None, dv is not None)[0]
     launch(any_kernels.prepare, -(-batch * heads * padded(queries) // 16), arguments(0), stream)
     if dq is not None:
         blocks = batch * heads * -(-queries // queries_of_block(any_kernels.query_gradient, hierarchy.block_size))

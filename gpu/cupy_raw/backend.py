@@ -56,24 +56,18 @@ class CupyRawBackend:
         return []
 
     def precompile(self, case: Case, backward: bool, arch: str | None) -> None:
-        """Compile every kernel of the case."""
+        """Compile every kernel of the case, for arguments whose rows can be moved in pieces and for others."""
         if arch is not None and int("".join(filter(str.isdigit, arch))) < LEAST_ARCH:
             raise NotImplementedError(
                 f"{case.operation}: cupy_raw serves sm_{LEAST_ARCH} and up, not {arch}; there, numba_cuda does"
             )
         tile = tile_for(case.dtype, case.dim)
         wider = tile_for(case.dtype, max(case.dim, case.value_dim))
-        kernels = [
-            kernel
-            for whole in (True, False)
-            for kernel in (
-                *pool_kernels(case.dtype, whole),
-                select_kernel(tile, whole),
-                attend_kernel(wider, whole),
-                *(backward_kernels(wider, whole) if backward else ()),
-            )
-        ]
-        precompile(list(dict.fromkeys(kernels)), arch)
+        kernels = [select_kernel(tile, True)]  # it takes pooled levels alone, whose rows always can
+        for whole in (True, False):
+            kernels += [*pool_kernels(case.dtype, whole), attend_kernel(wider, whole)]
+            kernels += backward_kernels(wider, whole) if backward else []
+        precompile(kernels, arch)
 
     def pool(self, x: Any, hierarchy: Hierarchy, out: list[Any], room: Room) -> None:
         """Fill levels 1..L."""

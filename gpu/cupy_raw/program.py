@@ -11,14 +11,17 @@ import os
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from struct import unpack_from
 from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from llsa_np.backends import EXTRA, NEWER_DRIVER, cuda_version, driver_cuda
+
 FOLDER = Path(__file__).parent
 CACHE_BYTES = 2**30
+DIGEST_BYTES = 32
+NVRTC = "nvidia-cuda-nvrtc, of CUDA 12 nvidia-cuda-nvrtc-cu12"
 BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 MOST_STRIDE = 2**29
 """Of tokens, in elements: in bytes it fits 32 bits."""
@@ -73,6 +76,48 @@ def is_whole(dtype: str, *arrays: Packed) -> bool:
 # --- compiling
 
 
+class Compiler(NamedTuple):
+    """NVRTC, as it is installed."""
+
+    version: str
+    """Of the CUDA that it is of, such as "13.0"."""
+    architectures: tuple[str, ...]
+    """What it compiles for: "sm_80", ..."""
+    headers: str
+    """The folder of cuda_bf16.h, which the runtime's wheel brings."""
+
+    def refusal(self, arch: str) -> str:
+        """Why it does not compile for an architecture; "" if it does."""
+        if arch in self.architectures:
+            return ""
+        return (
+            f"NVRTC {self.version} does not know {arch}, but {', '.join(self.architectures)}; for a newer GPU install "
+            f"a newer one (pip install --upgrade {NVRTC})"
+        )
+
+
+@cache
+def compiler() -> Compiler:
+    """What is installed, or a RuntimeError that says what is missing."""
+    from cuda.bindings import nvrtc
+    from cuda.pathfinder import DynamicLibNotFoundError, find_nvidia_header_directory, load_nvidia_dynamic_lib
+
+    try:
+        load_nvidia_dynamic_lib("nvrtc")
+    except DynamicLibNotFoundError as error:
+        raise RuntimeError(f"CUDA's compiler NVRTC is not installed {EXTRA}") from error
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"CUDA's compiler NVRTC cannot be loaded: {error}. Install it again (pip install --force-reinstall {NVRTC})"
+        ) from error
+    headers = find_nvidia_header_directory("cudart")
+    if headers is None:
+        raise RuntimeError(f"CUDA's headers are not installed {EXTRA}")
+    _, major, minor = nvrtc.nvrtcVersion()
+    _, numbers = nvrtc.nvrtcGetSupportedArchs()
+    return Compiler(f"{major}.{minor}", tuple(f"sm_{number}" for number in numbers), str(headers))
+
+
 def compile_cubin(kernel: Kernel, arch: str, log: Any = None) -> bytes:
     """Machine code for an architecture such as "sm_90a", from the cache where it is there. log: takes what the
     assembler says of registers and spills; with it, nothing is taken from the cache."""
@@ -85,7 +130,7 @@ def compile_cubin(kernel: Kernel, arch: str, log: Any = None) -> bytes:
     options = ProgramOptions(
         arch=arch,
         std="c++17",
-        include_path=[str(FOLDER), toolkit_headers()],
+        include_path=[str(FOLDER), compiler().headers],
         define_macro=list(kernel.defines),
         device_as_default_execution_space=True,  # NVRTC of CUDA 13.0 wants it for lambdas that are templates
         ptxas_options=["-v"] if log is not None else None,
@@ -96,32 +141,26 @@ def compile_cubin(kernel: Kernel, arch: str, log: Any = None) -> bytes:
     kept = None if log is not None else kept_cubin(key)
     if kept is not None:
         return kept
+    if refusal := compiler().refusal(arch):
+        raise RuntimeError(f"cupy_raw: {refusal}")
     try:
-        compiled = Program(code, "c++", options).compile("cubin", logs=log)
+        compiled = bytes(Program(code, "c++", options).compile("cubin", logs=log).code)
     except CUDAError as error:
-        raise RuntimeError(f"cupy_raw: {kernel.source} did not compile for {arch}: {error}") from error
+        told = next((line.strip() for line in str(error).splitlines() if "error: " in line), str(error))
+        raise RuntimeError(
+            f"cupy_raw: {kernel.source} did not compile for {arch} by NVRTC {compiler().version}: {told}. "
+            "Report it, with the log above, or use backend='numba_cuda'"
+        ) from error
     if log is None:
         keep(key, compiled)
-    return bytes(compiled.code)
-
-
-def toolkit_headers() -> str:
-    """The folder of cuda_bf16.h, which the runtime's wheel brings."""
-    from cuda.pathfinder import find_nvidia_header_directory
-
-    folder = find_nvidia_header_directory("cudart")
-    if folder is None:
-        raise RuntimeError(
-            "cupy_raw: CUDA's headers are not installed (pip install 'llsa-np[cuda13]', or 'llsa-np[cuda12]')"
-        )
-    return str(folder)
+    return compiled
 
 
 @cache
 def headers_digest() -> bytes:
     """Of all that the sources include: a cached program of other headers is another program."""
     digest = hashlib.sha256()
-    toolkit = Path(toolkit_headers())
+    toolkit = Path(compiler().headers)
     for path in [*sorted(FOLDER.glob("*.cuh")), *(toolkit / name for name in ("cuda_bf16.hpp", "cuda_fp16.hpp"))]:
         digest.update(path.read_bytes())
     return digest.digest()
@@ -140,36 +179,29 @@ def programs() -> Any:
         return InMemoryProgramCache()
 
 
+# An entry is the machine code behind its digest: a disk that filled up or failed may have left less, or another thing.
+
+
 def kept_cubin(key: bytes) -> bytes | None:
-    """What the cache holds, if it can be read and is whole: an entry may have been cut short."""
+    """What the cache holds, if it can be read and is as it was written."""
     with suppress(OSError):
-        kept = programs().get(key)
-        if kept is not None:
-            code = bytes(kept.code if hasattr(kept, "code") else kept)
-            if is_whole_elf(code):
-                return code
+        entry = programs().get(key) or b""
+        digest, code = entry[:DIGEST_BYTES], entry[DIGEST_BYTES:]
+        if digest == hashlib.sha256(code).digest():
+            return code
     return None
 
 
-def is_whole_elf(code: bytes) -> bool:
-    """Whether machine code has all that its ELF header speaks of."""
-    if len(code) < 64 or code[:4] != b"\x7fELF":
-        return False
-    programs_at, sections_at = unpack_from("QQ", code, 0x20)
-    program_size, program_count, section_size, section_count = unpack_from("4H", code, 0x36)
-    ends = (programs_at + program_size * program_count, sections_at + section_size * section_count)
-    return bool(max(ends) <= len(code))
-
-
-def keep(key: bytes, compiled: Any) -> None:
+def keep(key: bytes, code: bytes) -> None:
     """Into the cache, if it can be written."""
     with suppress(OSError):
-        programs()[key] = compiled
+        programs()[key] = hashlib.sha256(code).digest() + code
 
 
 # --- launching
 
 _functions: dict[tuple[Kernel, int], Any] = {}
+_modules: dict[tuple[str, tuple[tuple[str, str], ...], int], Any] = {}
 _loading = Lock()
 
 
@@ -181,21 +213,35 @@ def function(kernel: Kernel) -> Any:
     found = _functions.get((kernel, device))
     if found is None:
         with _loading:
-            found = _functions.get((kernel, device))
-            if found is None:
-                module = cupy.cuda.Module()
-                module.load(compile_cubin(kernel, architecture(device)))
-                found = module.get_function(kernel.name)
-                if (
-                    kernel.shared_bytes
-                ):  # with what a kernel declares itself it may be more than the 48 KiB that need no asking
-                    from cupy_backends.cuda.api import driver
-
-                    driver.funcSetAttribute(
-                        found.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, kernel.shared_bytes
-                    )
-                _functions[kernel, device] = found
+            of = (kernel.source, kernel.defines, device)  # one compilation, of which several kernels may come
+            module = _modules.get(of)
+            if module is None:
+                module = _modules[of] = load(kernel, architecture(device))
+            found = module.get_function(kernel.name)
+            if kernel.shared_bytes:  # which may be more than the 48 KiB that need no asking
+                driver = cupy.cuda.driver
+                most = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                driver.funcSetAttribute(found.ptr, most, kernel.shared_bytes)
+            _functions[kernel, device] = found
     return found
+
+
+def load(kernel: Kernel, arch: str) -> Any:
+    """The module of a kernel, on the current device."""
+    import cupy
+
+    code = compile_cubin(kernel, arch)
+    module = cupy.cuda.Module()
+    try:
+        module.load(code)
+    except cupy.cuda.driver.CUDADriverError as error:
+        if "OUT_OF_MEMORY" in str(error):
+            raise MemoryError(f"the GPU has no room for {kernel.source}, {len(code):,} bytes of code") from error
+        raise RuntimeError(
+            f"cupy_raw: the NVIDIA driver, of CUDA {cuda_version(driver_cuda())}, does not load {kernel.source} as "
+            f"NVRTC {compiler().version} compiled it for {arch}: {error}. {NEWER_DRIVER}"
+        ) from error
+    return module
 
 
 @cache
@@ -236,13 +282,31 @@ def on_device(name: str) -> Any:
     """A context in which the device called e.g. "cuda:1" is the current one."""
     import cupy
 
+    check_driver()
     return cupy.cuda.Device(int(name.partition(":")[2]))
+
+
+@cache
+def check_driver() -> None:
+    """Whether the driver is one that CuPy was built for, which CuPy itself says at its first call."""
+    import cupy
+
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        built_for = cuda_version(cupy.cuda.runtime.runtimeGetVersion())
+        raise RuntimeError(
+            f"cupy_raw: CuPy, built for CUDA {built_for}, cannot use the NVIDIA driver, of CUDA "
+            f"{cuda_version(driver_cuda())}: {error}. {NEWER_DRIVER}"
+        ) from error
 
 
 def precompile(kernels: list[Kernel], arch: str | None) -> None:
     """Compile ahead, and for the GPU that is here load as well."""
-    for kernel in kernels:
-        if arch is None:
+    if arch is None:
+        check_driver()
+        for kernel in kernels:
             function(kernel)
-        else:
-            compile_cubin(kernel, arch)
+        return
+    for kernel in {(kernel.source, kernel.defines): kernel for kernel in kernels}.values():
+        compile_cubin(kernel, arch)
