@@ -29,7 +29,8 @@ class CupyAdapter:
             shape = (shape[0], shape[2], shape[1], *shape[3:])
         with like.array.device:
             array = cupy.empty(shape, like.array.dtype if dtype is None else dtype)
-        return array, self.view(array, layout)
+        data = array.swapaxes(1, 2) if layout == "bnhd" and array.ndim == 4 else array
+        return array, View(shape, dtype or like.dtype, like.device, data)
 
     def stream(self, like: View) -> int:
         with like.array.device:

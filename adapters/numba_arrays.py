@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -9,7 +12,26 @@ from numpy.typing import NDArray
 
 from llsa_np.adapters import View
 from llsa_np.adapters.numpy_arrays import dtype_name
-from llsa_np.gpu.numba_cuda.cuda import device_index, empty, on_device, swap_axes, to_host
+from llsa_np.gpu.numba_cuda.cuda import cuda, device_index, on_device, swap_axes, to_host
+
+OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> Any:
+    """A new array on the current device, uninitialised."""
+    with memory_error(math.prod(shape) * dtype.itemsize):
+        return cuda.device_array(shape, dtype)
+
+
+@contextmanager
+def memory_error(size: int) -> Iterator[None]:
+    """Numba's error for want of memory as Python's, with the number of bytes, which Numba does not tell."""
+    try:
+        yield
+    except cuda.cudadrv.driver.CudaAPIError as error:
+        if error.code != OUT_OF_MEMORY:
+            raise
+        raise MemoryError(f"the GPU has no memory left for {size:,} bytes") from error
 
 
 class NumbaAdapter:

@@ -84,13 +84,7 @@ class Call(NamedTuple):
         q_levels = self.levels(kernels, "q", hierarchy)
         room = lend(kernels, self.adapter, self.views["q"], self.work("select", hierarchy, key_hierarchy, topk))
         kernels.select(q_levels[1:], k_levels[1:], key_hierarchy, [view.array for _, view in results], room)
-        return Selection(
-            [array for array, _ in results],
-            block_size=hierarchy.block_size,
-            query_tokens=q.tokens,
-            key_tokens=key_hierarchy.tokens,
-            validate=False,
-        )
+        return Selection._made(tuple(array for array, _ in results), q.batch, q.heads, topk, hierarchy, key_hierarchy)
 
     def attend(
         self, kernels: Backend, k_levels: list[Any], v_levels: list[Any], selection: Selection, options: AttendOptions

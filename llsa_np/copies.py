@@ -55,11 +55,15 @@ def is_host(value: Any) -> bool:
 
 def to_device(value: Any) -> Any:
     """A copy on the device of a NumPy array, or of a Selection's; anything else as it is."""
+    from llsa_np.adapters.numba_arrays import memory_error
     from llsa_np.gpu.numba_cuda import cuda
 
     if isinstance(value, Selection):
         return with_arrays(value, to_device)
-    return cuda.to_device(value) if isinstance(value, np.ndarray) else value
+    if not isinstance(value, np.ndarray):
+        return value
+    with memory_error(value.nbytes):
+        return cuda.to_device(value)
 
 
 def to_host(value: Any) -> Any:

@@ -80,14 +80,28 @@ class Selection:
             for level, array in enumerate(given, 1):
                 _check_rows(who, level, adapter.to_numpy(array), key_hierarchy.lengths[level])
 
-        for name, value in (
-            ("_arrays", given),
-            ("batch", views[0].shape[0]),
-            ("heads", views[0].shape[1]),
-            ("topk", tuple(view.shape[3] for view in views)),
-            ("query_hierarchy", query_hierarchy),
-            ("key_hierarchy", key_hierarchy),
-        ):
+        topk = tuple(view.shape[3] for view in views)
+        batch, heads, _, _ = views[0].shape
+        self._fill(given, batch, heads, topk, query_hierarchy, key_hierarchy)
+
+    @classmethod
+    def _made(cls, *values: Any) -> Selection:
+        """One that `select` made: nothing in it is to be checked. values: as _fill takes them."""
+        selection = object.__new__(cls)
+        selection._fill(*values)
+        return selection
+
+    def _fill(
+        self,
+        arrays: tuple[Any, ...],
+        batch: int,
+        heads: int,
+        topk: tuple[int, ...],
+        query_hierarchy: Hierarchy,
+        key_hierarchy: Hierarchy,
+    ) -> None:
+        values = (arrays, batch, heads, topk, query_hierarchy, key_hierarchy)
+        for name, value in zip(("_arrays", "batch", "heads", "topk", "query_hierarchy", "key_hierarchy"), values):
             object.__setattr__(self, name, value)
 
     @property

@@ -25,6 +25,7 @@ import llsa_np as llsa
 
 pytest.importorskip("cuda.core", reason="cuda-core is not installed")
 
+from llsa_np.copies import to_device
 from llsa_np.gpu.cupy_raw import attend, attend_backward, pool, program, select, transpose
 from llsa_np.gpu.cupy_raw.levels import LEVEL, MOST_LEVELS
 from llsa_np.gpu.cupy_raw.specialisations import PORTABLE_SHARED, Tile, all_tiles
@@ -575,21 +576,22 @@ def test_threads_that_call_at_once(cupy, cache_folder):
 
 def test_memory_that_numba_does_not_get(monkeypatch):
     """Numba has an error of its own for it, which does not tell how much was asked for."""
-    ours = pytest.importorskip("llsa_np.gpu.numba_cuda.cuda", reason="numba-cuda is not installed")
-    error = ours.driver.CudaAPIError(2, "Call to cuMemAlloc results in CUDA_ERROR_OUT_OF_MEMORY")
+    ours = pytest.importorskip("llsa_np.adapters.numba_arrays", reason="numba-cuda is not installed")
+    named = ours.cuda.cudadrv.driver.CudaAPIError
+    error = named(2, "Call to cuMemAlloc results in CUDA_ERROR_OUT_OF_MEMORY")
 
     def fail(*_):
         raise error
 
     monkeypatch.setattr(ours.cuda, "device_array", fail)
     monkeypatch.setattr(ours.cuda, "to_device", fail)
-    for call in (lambda: ours.empty((2, 3), np.dtype(np.float32)), lambda: ours.to_device(np.zeros(6, np.float32))):
+    for call in (lambda: ours.empty((2, 3), np.dtype(np.float32)), lambda: to_device(np.zeros(6, np.float32))):
         error.code = 2
         with pytest.raises(MemoryError, match="no memory left for 24 bytes") as caught:
             call()
         assert caught.value.__cause__ is error
         error.code = 999
-        with pytest.raises(ours.driver.CudaAPIError):
+        with pytest.raises(named):
             call()
 
 

@@ -23,6 +23,7 @@ FINISH = Struct(f"4Q{ARRAY}7i0q")
 CLEAR = Struct("Qq")
 UNPOOL_THREADS = 256
 FINISH_PARENTS = 32
+NO_LISTS = (0,) * len(Lists._fields)
 DENSE_PIECES = 16
 """Pieces of all queries that the coarsest level's keys are given to, at most: their sums take memory."""
 MOST_ROW_REGISTERS = 64
@@ -237,8 +238,6 @@ def attend_backward(
         """The struct of attend_backward.cu, for one level on the keys' side."""
         is_coarse = level > 0 and of is not None
         has_above = level == 0 and used > 0
-        lists_sizes = (0,) * 9 if of is None else tuple(of)
-        row_length, row_count, columns, parents, ranges, run, run_bits, split, spare = lists_sizes
         return (
             ARGUMENTS.pack(
                 *(*of_dout, *of_q, *of_k[level], *of_v[level], *ends),
@@ -248,19 +247,7 @@ def attend_backward(
                 *(pointer(k_sums[1]) if has_above and need_k else 0,),
                 *(pointer(v_sums[1]) if has_above and need_v else 0,),
                 *(batch, heads, kv_heads, queries, padded(queries), dim, value_dim, block_bits, len(options.levels)),
-                *(
-                    hierarchy.lengths[level],
-                    row_length,
-                    row_count,
-                    columns,
-                    parents,
-                    ranges,
-                    run,
-                    run.bit_length() - 1 if run & (run - 1) == 0 else -1,
-                    run_bits,
-                    split,
-                    spare,
-                ),
+                *(hierarchy.lengths[level], *(NO_LISTS if of is None else of)),
                 *dense_pieces(queries, group),
                 *(options.scale * math.log2(math.e), options.scale, *log_counts(level, hierarchy, options.reweight)),
             )

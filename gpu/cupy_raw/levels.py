@@ -15,7 +15,7 @@ MOST_LEVELS = 17
 MOST_BITS = 62
 """2**62 queries are more than there are: all share one row."""
 
-LEVEL = f"{ARRAY}{ARRAY}{ARRAY}5i2f4x"
+LEVEL = f"{ARRAY}{ARRAY}{ARRAY}5i2f0q"
 """`Level` of levels.cuh, for `struct.pack`."""
 LEVEL_BYTES = calcsize(LEVEL)
 

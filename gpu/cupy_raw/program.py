@@ -48,10 +48,10 @@ NO_ARRAY = (0, 0, 0, 0, 0)
 
 def pointer(x: Any) -> int:
     """Where an array begins: of CuPy by its own accessor, of others by the CUDA array interface."""
-    memory = getattr(getattr(x, "data", None), "ptr", None)
-    if memory is None:
-        memory = x.__cuda_array_interface__["data"][0]
-    return int(memory or 0)  # an array without elements may have no memory
+    try:
+        return x.data.ptr  # type: ignore[no-any-return]
+    except AttributeError:
+        return x.__cuda_array_interface__["data"][0] or 0  # an array without elements may have no memory
 
 
 Packed = tuple[int, ...]
@@ -256,8 +256,8 @@ def launch(kernel: Kernel, blocks: int, arguments: bytes, stream: int) -> None:
     """Enqueue a kernel on the stream at an address, as a row of blocks; nothing if there are none. arguments: the
     struct that it takes."""
     if blocks:
-        struct = np.frombuffer(arguments, f"V{len(arguments)}")[0]
-        function(kernel)((blocks, 1, 1), (kernel.threads, 1, 1), (struct,), kernel.shared_bytes, stream_at(stream))
+        struct = (np.void(arguments),)
+        function(kernel)((blocks, 1, 1), (kernel.threads, 1, 1), struct, kernel.shared_bytes, stream_at(stream))
 
 
 @cache

@@ -1,17 +1,16 @@
 // Hierarchical Top-K: the candidates of one level that its queries keep (spec.md, Selection).
 //
-// A block of 4 warps has up to 16 queries of one head that are children of one token, and so have one list of
+// A block of WARPS warps has up to 16 queries of one head that are children of one token, and so have one list of
 // candidates. It walks the list in tiles of TILE:
 //
-//     all warps      bring the keys of the tile; each multiplies its quarter of them with the 16 queries: scores
-//     each warp      takes every fourth query: of the K best so far and the tile's TILE it finds the K-th largest score bit
+//     all warps      bring the keys of the tile; each multiplies its share of them with the 16 queries: scores
+//     each warp      takes every WARPS-th query: of the K best so far and the tile's TILE it finds the K-th largest score bit
 //                    by bit, and keeps what is above it and the first that equal it
 //
 // What is kept stays in ascending order, because candidates come in that order; so nothing is ever sorted.
 #include <levels.cuh>
 #include <tiles.cuh>
 
-constexpr int WARPS = 4;
 constexpr int THREADS = WARPS * WARP;
 constexpr int QUERIES = 16;
 constexpr int MOST_KEPT = 64;

@@ -11,21 +11,21 @@ from llsa_np.gpu.cupy_raw.program import ARRAY, NO_ARRAY, Kernel, array, is_whol
 from llsa_np.gpu.cupy_raw.specialisations import Tile, tile_for
 from llsa_np.hierarchy import Hierarchy
 
-THREADS = 128
 QUERIES = 16
 ARGUMENTS = Struct(f"{ARRAY}{LEVEL}Q6i0q")
 
 
 @cache
 def select_kernel(tile: Tile, whole: bool) -> Kernel:
-    """128 candidates at a time, or 64 where their rows are long."""
+    """128 candidates at a time, or 64 where their rows are long; 16 for each warp."""
     candidates = 128 if tile.row_bytes <= 256 else 64
+    warps = candidates // 16
     shared = (QUERIES + candidates) * tile.pitch_bytes
     return Kernel(
         "select.cu",
         "select",
-        (*tile.defines(whole), ("MOST_ROW_REGISTERS", "128"), ("TILE", str(candidates))),
-        THREADS,
+        (*tile.defines(whole), ("MOST_ROW_REGISTERS", "128"), ("TILE", str(candidates)), ("WARPS", str(warps))),
+        warps * 32,
         shared,
     )
 

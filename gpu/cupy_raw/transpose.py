@@ -33,6 +33,8 @@ class Lists(NamedTuple):
     ranges: int
     run: int
     """Places that a row takes in a parent's list: its queries, or 16 times as many tiles as hold them."""
+    run_log: int
+    """log2 of `run`; -1 where it is no power of two, and then a list has one row of each query head."""
     run_bits: int
     """2**run_bits queries lie between the first of one row and that of the next."""
     split: int
@@ -51,7 +53,8 @@ def lists_of(level: int, hierarchy: Hierarchy, queries: Hierarchy, topk: int, gr
     most = max(1, parents // 8, MOST_SPARE // hierarchy.block_size)
     split = max(LEAST_SPLIT, -(-tiles // most))
     ranges = max(1, min(MOST_RANGES, row_count, MOST_STARTS * row_count * topk // parents))
-    return Lists(row_length, row_count, topk, parents, ranges, run, min(run_bits, 31), split, tiles // split)
+    run_log = run.bit_length() - 1 if run & (run - 1) == 0 else -1
+    return Lists(row_length, row_count, topk, parents, ranges, run, run_log, min(run_bits, 31), split, tiles // split)
 
 
 @cache

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
 from typing import Any
 
@@ -20,7 +20,6 @@ import numpy as np
 from numba import cuda
 from numba.cuda import libdevice, types
 from numba.cuda.core import config
-from numba.cuda.cudadrv import driver
 
 SIMULATED: bool = bool(config.ENABLE_CUDASIM)
 """Whether kernels run in Numba's simulator instead of on a GPU."""
@@ -84,7 +83,6 @@ def launch(kernel: Any, blocks: int, threads: int, stream: Any, *arguments: Any)
 
 
 MOST_BLOCKS = 2**31 - 1
-OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 _configuring = Lock()
 
 
@@ -116,32 +114,14 @@ def device_array(x: Any) -> Any:
     return cuda.from_cuda_array_interface(interface, owner=x, sync=False)
 
 
-def empty(shape: tuple[int, ...], dtype: Any) -> Any:
-    """A new array on the current device, uninitialised."""
-    with memory_error(math.prod(shape) * dtype.itemsize):
-        return cuda.device_array(shape, dtype)
-
-
-@contextmanager
-def memory_error(size: int) -> Iterator[None]:
-    """Numba's error for want of memory as Python's, with the number of bytes, which Numba does not tell."""
-    try:
-        yield
-    except driver.CudaAPIError as error:
-        if error.code != OUT_OF_MEMORY:
-            raise
-        raise MemoryError(f"the GPU has no memory left for {size:,} bytes") from error
-
-
 def to_device(x: Any) -> Any:
     """A copy of a NumPy array on the current device, in C order."""
     # In this machine's byte order, the only one that a kernel knows; and always a copy, as Numba trusts strides even of
     # axes of size 1, where those of a contiguous array may be anything.
     x = x.astype(x.dtype.newbyteorder("="), order="C", copy=True)
-    with memory_error(x.nbytes):
-        if x.dtype.name != "bfloat16":
-            return cuda.to_device(x)
-        return with_dtype(cuda.to_device(x.view(np.uint16)), x.dtype)  # NumPy lends nobody a bfloat16 array's memory
+    if x.dtype.name != "bfloat16":
+        return cuda.to_device(x)
+    return with_dtype(cuda.to_device(x.view(np.uint16)), x.dtype)  # NumPy lends nobody the memory of a bfloat16 array
 
 
 def to_host(x: Any) -> Any:
