@@ -26,7 +26,6 @@ BACKENDS = ("numba_cuda", "cupy_raw")
 SUITE = (
     "test_backends",
     "test_numba_kernels",
-    "test_cuda_kernels",
     "test_facts",
     "test_against_float64",
     "test_edges",
