@@ -150,14 +150,10 @@ def sanitizer(_, backend):
     """Errors that each tool of compute-sanitizer reports over gpu_small_set.py, or its exit status."""
     found = {}
     for tool in TOOLS:
-        command = [
-            "compute-sanitizer",
-            "--tool",
-            tool,
-            sys.executable,
-            str(ROOT / "tests" / "gpu_small_set.py"),
-            backend,
-        ]
+        command = ["compute-sanitizer", "--tool", tool]
+        if tool == "memcheck":  # not of the driver: libraries ask it for functions, and do without those that it lacks
+            command += ["--report-api-errors", "no"]
+        command += [sys.executable, str(ROOT / "tests" / "gpu_small_set.py"), backend]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", done.stdout + done.stderr)
         found[tool] = int(summary.group(1)) if summary and done.returncode == 0 else f"exit status {done.returncode}"
