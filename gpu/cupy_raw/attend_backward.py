@@ -47,6 +47,10 @@ class KeySplit(NamedTuple):
 
 def key_split_for(tile: Tile) -> KeySplit:
     """So that two blocks or more fit into a multiprocessor's shared memory, and one on every card."""
+    # Measured as in attend.py, before the branches in `add_queries` were gone; ms of key_gradient, _joint and _dense:
+    # as it stands 0.352, 0.259, 0.438. DENSE_BLOCKS 4: 0.353, 0.257, 0.362. KEY_BLOCKS 4: 0.415, 0.302, for it spills.
+    # KEY_WARPS 2 and KEY_BLOCKS 6: 0.341, 0.294; KEY_WARPS 8 and KEY_BLOCKS 1: 0.431, 0.301. Rows of keys in shared
+    # memory (32 as MOST_ROW_REGISTERS) and KEY_BLOCKS 4: 0.330, 0.266, but query_gradient loses more than that.
     if tile.row_bytes <= 128:
         return KeySplit(KEY_WARPS=4, KEY_STAGES=2, KEY_BLOCKS=3, DENSE_STAGES=4, DENSE_BLOCKS=3)
     if tile.row_bytes <= 256:

