@@ -85,10 +85,18 @@ class Selection:
         self._fill(given, batch, heads, topk, query_hierarchy, key_hierarchy)
 
     @classmethod
-    def _made(cls, *values: Any) -> Selection:
-        """One that `select` made: nothing in it is to be checked. values: as _fill takes them."""
+    def _made(
+        cls,
+        arrays: tuple[Any, ...],
+        batch: int,
+        heads: int,
+        topk: tuple[int, ...],
+        query_hierarchy: Hierarchy,
+        key_hierarchy: Hierarchy,
+    ) -> Selection:
+        """One that `select` made: nothing in it is to be checked."""
         selection = object.__new__(cls)
-        selection._fill(*values)
+        selection._fill(arrays, batch, heads, topk, query_hierarchy, key_hierarchy)
         return selection
 
     def _fill(
@@ -100,8 +108,14 @@ class Selection:
         query_hierarchy: Hierarchy,
         key_hierarchy: Hierarchy,
     ) -> None:
-        values = (arrays, batch, heads, topk, query_hierarchy, key_hierarchy)
-        for name, value in zip(("_arrays", "batch", "heads", "topk", "query_hierarchy", "key_hierarchy"), values):
+        for name, value in (
+            ("_arrays", arrays),
+            ("batch", batch),
+            ("heads", heads),
+            ("topk", topk),
+            ("query_hierarchy", query_hierarchy),
+            ("key_hierarchy", key_hierarchy),
+        ):
             object.__setattr__(self, name, value)
 
     @property

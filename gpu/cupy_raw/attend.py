@@ -37,7 +37,9 @@ def split_for(tile: Tile) -> Split:
     # Milliseconds of attend and of query_gradient on an H100 (bfloat16, batch 2, 4 heads, 65,536 tokens, D = 64,
     # b = 16, K = 8, L = 2): as it stands 0.406 and 0.446. COARSE_STAGES 2: 0.423, 0.457; 4: 0.399, 0.441, and more
     # shared memory than every card has; so has KEYS 64 with two: 0.401, 0.430. KEYS 16 with two: 0.445, 0.491; with
-    # six: 0.433, 0.475. STAGES 1 and COARSE_STAGES 4: 0.404, 0.437. WARPS 4, BLOCKS 4, COARSE_STAGES 2: 0.430, 0.449.
+    # six: 0.433, 0.475. WARPS 4, BLOCKS 4, COARSE_STAGES 2: 0.430, 0.449. STAGES 1 and COARSE_STAGES 4: 0.404, 0.437,
+    # with less shared memory: the one to try next, in whole runs. As it stands a block takes all that every card has,
+    # so on sm_80 there is one in a multiprocessor, and no room for a shared variable.
     if tile.row_bytes <= 128:
         return Split(WARPS=8, KEYS=32, STAGES=2, COARSE_STAGES=3, BLOCKS=2)
     if tile.row_bytes <= 256:

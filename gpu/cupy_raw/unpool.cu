@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) unpool(const __grid_consta
 }
 
 struct Finish {
-    const int* items;     // (lists, parents + 1), the pieces of work before each parent
+    const int* items;     // (lists, parents + 1 in whole fours), the pieces of work before each parent
     const float* parts;   // (lists, 2 spare, b, dims): further pieces, then first ones
     const float* above;   // for level 0, or null
     float* sums;          // of a coarse level, or null: then the result

@@ -179,7 +179,8 @@ __device__ __forceinline__ void walk(const Queries& q, const Level* level_of, El
     __syncwarp();
 }
 
-// Shared memory of a block of queries: coarse tiles, rings, and the tiles of rows that stay; as attend.py and attend_backward.py reserve it.
+// Shared memory of a block of queries: coarse tiles, rings, and the tiles of rows that stay; as attend.py and
+// attend_backward.py reserve it.
 __device__ __forceinline__ Element* coarse_tiles() { return reinterpret_cast<Element*>(shared_memory()); }
 __device__ __forceinline__ Element* ring_of(int i_warp) {
     return coarse_tiles() + COARSE_STAGES * 2 * KEYS * PITCH + i_warp * STAGES * 2 * 16 * PITCH;
