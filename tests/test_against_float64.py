@@ -18,6 +18,16 @@ def test_results_and_gradients(backend, framework, case):
     assert_within_bounds(case, results, reference(case, results.selection))
 
 
+@pytest.mark.skipif(SIMULATED or EMULATED, reason="too many tokens for the simulator and the emulator")
+@pytest.mark.parametrize("data", ["normal", "one_popular_key"])
+def test_many_tokens(backend, framework, data):
+    """Lists, counters and sums that are longer than what a block takes at once."""
+    case = Case(dtype="float32", query_tokens=20_011, key_tokens=20_001, dim=16, value_dim=24, group=2, data=data)
+    case = case.but(block_size=8, topk=4, levels=3)
+    results = run(case, backend, framework)
+    assert_within_bounds(case, results, reference(case, results.selection))
+
+
 @given(case=cases())
 @settings(max_examples=examples(250))
 def test_selection(backend, framework, case):

@@ -714,6 +714,33 @@ def test_lists_that_are_cut_into_pieces(block_size, group, monkeypatch):
 
 
 @emulated
+@pytest.mark.parametrize(("batch", "group", "length", "columns", "parents"), [(2, 2, 13, 3, 5), (1, 2, 700, 8, 900)])
+def test_transpose_is_stable(batch, group, length, columns, parents):
+    """Every parent's list is the ascending list of the rows that name it, and the pieces of work add up; also where
+    there are more counters than a block adds up at once."""
+    kv_heads, run, split = 2, 16, 2
+    rng = np.random.default_rng(parents)
+    selected = rng.integers(-2, parents + 2, (batch, kv_heads * group, length, columns)).astype(np.int32)
+    lists, row_count = batch * kv_heads, group * length
+    ranges = min(transpose.MOST_RANGES, transpose.MOST_STARTS * row_count * columns // parents)
+    spare = row_count * columns // split
+    of = transpose.Lists(length, row_count, columns, parents, ranges, run, 4, 4, split, spare)
+    starts, rows, items = (np.full(size, 2**30, np.int32) for size in transpose.transpose_spaces(lists, of))
+    transpose.transpose(selected, of, kv_heads, starts, rows, items, 0)
+    ends = starts.reshape(lists, -1)[:, ranges - 1 :: ranges][:, :parents]
+    rows, items = rows.reshape(lists, -1), items.reshape(lists, -1)
+    for i_list, of_list in enumerate(selected.reshape(lists, row_count, columns)):
+        start, pieces = 0, 0
+        for parent in range(parents):
+            expected = np.nonzero(of_list == parent)[0]
+            assert rows[i_list, start : ends[i_list, parent]].tolist() == expected.tolist()
+            assert items[i_list, parent] == pieces
+            pieces += max(1, -(-len(expected) // split))
+            start = ends[i_list, parent]
+        assert items[i_list, parents] == pieces <= parents + spare
+
+
+@emulated
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize(("dim", "value_dim"), [(72, 40), (136, 128), (192, 16), (256, 200)])
 def test_every_width(dtype, dim, value_dim):
