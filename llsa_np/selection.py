@@ -82,7 +82,7 @@ class Selection:
 
         topk = tuple(view.shape[3] for view in views)
         batch, heads, _, _ = views[0].shape
-        self._fill(given, batch, heads, topk, query_hierarchy, key_hierarchy)
+        self._fill(given, batch, heads, key_hierarchy, query_hierarchy, topk)
 
     @classmethod
     def _made(
@@ -96,26 +96,12 @@ class Selection:
     ) -> Selection:
         """One that `select` made: nothing in it is to be checked."""
         selection = object.__new__(cls)
-        selection._fill(arrays, batch, heads, topk, query_hierarchy, key_hierarchy)
+        selection._fill(arrays, batch, heads, key_hierarchy, query_hierarchy, topk)
         return selection
 
-    def _fill(
-        self,
-        arrays: tuple[Any, ...],
-        batch: int,
-        heads: int,
-        topk: tuple[int, ...],
-        query_hierarchy: Hierarchy,
-        key_hierarchy: Hierarchy,
-    ) -> None:
-        for name, value in (
-            ("_arrays", arrays),
-            ("batch", batch),
-            ("heads", heads),
-            ("topk", topk),
-            ("query_hierarchy", query_hierarchy),
-            ("key_hierarchy", key_hierarchy),
-        ):
+    def _fill(self, *values: Any) -> None:
+        """values: in the order of __slots__."""
+        for name, value in zip(self.__slots__, values, strict=True):
             object.__setattr__(self, name, value)
 
     @property

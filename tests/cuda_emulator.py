@@ -26,7 +26,7 @@ KERNELS_OF = {
         *("prepare", "query_gradient"),
         *("key_gradient", "key_gradient_joint", "key_gradient_dense"),
     ),
-    "transpose.cu": ("clear_starts", "count_pairs", "sum_counts", "place_pairs"),
+    "transpose.cu": ("clear_starts", "count_pairs", "sum_chunks", "sum_counts", "count_items", "place_pairs"),
     "unpool.cu": ("unpool", "finish", "clear"),
 }
 HEAD = """

@@ -28,7 +28,7 @@ pytest.importorskip("cuda.core", reason="cuda-core is not installed")
 from llsa_np.copies import to_device
 from llsa_np.gpu.cupy_raw import attend, attend_backward, pool, program, select, transpose
 from llsa_np.gpu.cupy_raw.levels import LEVEL, MOST_LEVELS
-from llsa_np.gpu.cupy_raw.specialisations import PORTABLE_SHARED, Tile, all_tiles
+from llsa_np.gpu.cupy_raw.specialisations import BLOCK_SIZES, PORTABLE_SHARED, Tile, all_tiles
 from llsa_np.hierarchy import Hierarchy
 from llsa_np.options import check_attend_options
 
@@ -56,7 +56,7 @@ emulated = pytest.mark.skipif(not EMULATED, reason="runs on the CPU (LLSA_CUDA_E
 def kernels_of(tile, whole):
     """All kernels of a tile."""
     forward = [
-        *pool.pool_kernels(tile.dtype, whole),
+        *(kernel for size in BLOCK_SIZES for kernel in pool.pool_kernels(tile.dtype, size, whole)),
         select.select_kernel(tile, whole),
         attend.attend_kernel(tile, whole),
     ]
@@ -142,7 +142,7 @@ def no_compiler(monkeypatch):
     return lambda: monkeypatch.setattr("cuda.core.Program", fail)
 
 
-QUICK = pool.pool_kernels("float32", True)[0]
+QUICK = pool.pool_kernels("float32", 16, True)[0]
 """The quickest to compile."""
 
 
@@ -214,7 +214,7 @@ folder, name, others = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 (folder / name).touch()
 while len(list(folder.glob("ready*"))) < others:
     time.sleep(0.001)
-print(hashlib.sha256(program.compile_cubin(pool.pool_kernels("float32", True)[0], "sm_90")).hexdigest())
+print(hashlib.sha256(program.compile_cubin(pool.pool_kernels("float32", 16, True)[0], "sm_90")).hexdigest())
 """
 
 
@@ -262,7 +262,7 @@ def test_precompile_for_a_gpu_that_is_not_here(named, cache_folder, no_compiler)
     no_compiler()
     tile = Tile("bfloat16", 32)
     for whole in (True, False):
-        for kernel in (*pool.pool_kernels("bfloat16", whole), attend.attend_kernel(tile, whole)):
+        for kernel in (*pool.pool_kernels("bfloat16", 16, whole), attend.attend_kernel(tile, whole)):
             assert program.compile_cubin(kernel, "sm_90a")[:4] == b"\x7fELF"
     with pytest.raises(NotImplementedError, match="serves sm_80 and up"):
         llsa.precompile("bfloat16", 32, arch="sm_75", backend=named)
@@ -302,7 +302,7 @@ def test_precompile_is_what_calls_need(dim, value_dim, cache_folder, no_compiler
         return SimpleNamespace(compile=lambda *_, **__: SimpleNamespace(code=b"machine code"))
 
     monkeypatch.setattr("cuda.core.Program", counted)
-    llsa.precompile("float32", dim, value_dim, arch="sm_90")
+    llsa.precompile("float32", dim, value_dim, block_size=8, arch="sm_90")
     assert len(asked) == len(set(asked)) == len(compilations(launched))
     no_compiler()
     for kernel in launched:
@@ -567,7 +567,8 @@ def test_a_driver_that_cupy_does_not_take(cupy, machine):
 @on_compiler
 def test_threads_that_call_at_once(cupy, cache_folder):
     """A kernel is loaded once, and kernels of one compilation come from one module."""
-    count, place = transpose.transpose_kernels()[1::2]
+    kernels = {kernel.name: kernel for kernel in transpose.transpose_kernels()}
+    count, place = kernels["count_pairs"], kernels["place_pairs"]
     assert {found.name for found in at_once(lambda: program.function(count))} == {"count_pairs"}
     assert program.function(place).name == "place_pairs"
     program.precompile(transpose.transpose_kernels(), None)

@@ -23,11 +23,11 @@ struct Softmax {
 
 // Takes one tile of logits (times `scale`, plus `bias`) into the softmax; they become weights. Exponents are relative to a
 // maximum that is only raised once a logit passes it by SLACK: seldom after the first tiles.
-__device__ __forceinline__ void softmax(Softmax& so_far, float (&s)[2][4], float scale, float bias) {
+template <int N> __device__ __forceinline__ void softmax(Softmax& so_far, float (&s)[N][4], float scale, float bias) {
     float(&top)[2] = so_far.top;
     float upper = s[0][0], lower = s[0][2];
 #pragma unroll
-    for (int n = 0; n < 2; n++) {
+    for (int n = 0; n < N; n++) {
         upper = fmaxf(upper, fmaxf(s[n][0], s[n][1]));
         lower = fmaxf(lower, fmaxf(s[n][2], s[n][3]));
     }
@@ -53,7 +53,7 @@ __device__ __forceinline__ void softmax(Softmax& so_far, float (&s)[2][4], float
     }
     const float shift_upper = bias - top[0], shift_lower = bias - top[1];
 #pragma unroll
-    for (int n = 0; n < 2; n++) {
+    for (int n = 0; n < N; n++) {
         s[n][0] = exp2_fast(s[n][0] * scale + shift_upper);
         s[n][1] = exp2_fast(s[n][1] * scale + shift_upper);
         s[n][2] = exp2_fast(s[n][2] * scale + shift_lower);
@@ -86,12 +86,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
     so_far.top[0] = so_far.top[1] = LEAST;
     so_far.sum[0] = so_far.sum[1] = 0;
 
-    walk(q, a.level, coarse_tiles(), ring, [&](const Tile& tile) {
-        float s[2][4] = {}, scale = a.scale, log_count = tile.level->log_count;
-        add_scores<2>(s, rows, tile.k, lane);
+    constexpr int N = FINE_KEYS / 8;
+    walk<FINE_KEYS>(q, a.level, coarse_tiles(), ring, [&](const Tile& tile) {
+        float s[N][4] = {}, scale = a.scale, log_count = tile.level->log_count;
+        add_scores<N>(s, rows, tile.k, lane);
         weigh_odd(s, tile, q, scale, log_count, lane);
         softmax(so_far, s, scale, log_count);
-        add_rows<2>(so_far.o, s, tile.v, lane);
+        add_rows<N>(so_far.o, s, tile.v, lane);
     });
 
     float factor[2];

@@ -24,8 +24,10 @@ class Split(NamedTuple):
     """Of a block."""
     KEYS: int
     """Keys of a tile that all warps share."""
+    FINE_KEYS: int
+    """Keys of a tile of a warp's own."""
     STAGES: int
-    """Tiles of a warp's own ring that are there or on their way."""
+    """Of those tiles, the ones that are there or on their way."""
     COARSE_STAGES: int
     """The same of the tiles that all warps share."""
     BLOCKS: int
@@ -35,18 +37,22 @@ class Split(NamedTuple):
 def split_for(tile: Tile) -> Split:
     """So that two blocks or more fit into a multiprocessor's shared memory, and one on every card."""
     # Milliseconds of attend and of query_gradient on an H100 (bfloat16, batch 2, 4 heads, 65,536 tokens, D = 64,
-    # b = 16, K = 8, L = 2): as it stands 0.406 and 0.446. COARSE_STAGES 2: 0.423, 0.457; 4: 0.399, 0.441, and more
-    # shared memory than every card has; so has KEYS 64 with two: 0.401, 0.430. KEYS 16 with two: 0.445, 0.491; with
-    # six: 0.433, 0.475. WARPS 4, BLOCKS 4, COARSE_STAGES 2: 0.430, 0.449. STAGES 1 and COARSE_STAGES 4: 0.404, 0.437,
-    # with less shared memory: the one to try next, in whole runs. As it stands a block takes all that every card has,
-    # so on sm_80 there is one in a multiprocessor, and no room for a shared variable.
+    # b = 16, K = 8, L = 2): as it stands 0.383 and 0.429. FINE_KEYS 16: 0.403, 0.426, so attention takes 32 keys at
+    # once; query_gradient would spill. COARSE_STAGES 2: 0.398; 4: 0.385, and more shared memory than every card has.
+    # KEYS 64 with two: 0.382, 0.418, but attend 0.388 instead of 0.359 with L = 3, whose coarsest level has 16 keys.
+    # WARPS 4 with three blocks: 0.430, 0.471, and with four 0.456, 0.465. As it stands a block takes all the shared
+    # memory that every card has, so on some there is one in a multiprocessor, and no room for a shared variable.
     if tile.row_bytes <= 128:
-        return Split(WARPS=8, KEYS=32, STAGES=2, COARSE_STAGES=3, BLOCKS=2)
+        return Split(WARPS=8, KEYS=32, FINE_KEYS=32, STAGES=1, COARSE_STAGES=3, BLOCKS=2)
+    # With D = 128: as it stands 0.827, 1.125; STAGES, COARSE_STAGES and BLOCKS 2: 1.019, 1.762; 32 keys at once and two
+    # blocks: 0.911. float32: as it stands 2.737, 4.434; three coarse stages 3.027, 4.444; WARPS, STAGES and BLOCKS 2:
+    # 3.189, 4.572.
     if tile.row_bytes <= 256:
-        return Split(WARPS=2 if tile.dtype == "float32" else 4, KEYS=16, STAGES=2, COARSE_STAGES=2, BLOCKS=2)
+        coarse_stages = 2 if tile.dtype == "float32" else 3
+        return Split(WARPS=4, KEYS=16, FINE_KEYS=16, STAGES=1, COARSE_STAGES=coarse_stages, BLOCKS=3)
     if tile.row_bytes <= 384:
-        return Split(WARPS=4, KEYS=16, STAGES=1, COARSE_STAGES=1, BLOCKS=2)
-    return Split(WARPS=2 if tile.row_bytes <= 768 else 1, KEYS=16, STAGES=1, COARSE_STAGES=1, BLOCKS=2)
+        return Split(WARPS=4, KEYS=16, FINE_KEYS=16, STAGES=1, COARSE_STAGES=1, BLOCKS=2)
+    return Split(WARPS=2 if tile.row_bytes <= 768 else 1, KEYS=16, FINE_KEYS=16, STAGES=1, COARSE_STAGES=1, BLOCKS=2)
 
 
 @cache
@@ -58,7 +64,7 @@ def attend_kernel(tile: Tile, whole: bool) -> Kernel:
         ("MOST_ROW_REGISTERS", "128"),
         *((name, str(value)) for name, value in split._asdict().items()),
     )
-    rows = 2 * (split.COARSE_STAGES * split.KEYS + split.STAGES * split.WARPS * 16)
+    rows = 2 * (split.COARSE_STAGES * split.KEYS + split.STAGES * split.WARPS * split.FINE_KEYS)
     if tile.dtype == "float32" or tile.WIDTH > 128:  # the queries stay in shared memory
         rows += split.WARPS * 16
     return Kernel("attend.cu", "attend", defines, split.WARPS * 32, rows * tile.pitch_bytes)

@@ -98,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) query_gradient(con
     float o[N_DIMS][4];
 #pragma unroll
     for (int d = 0; d < N_DIMS; d++) o[d][0] = o[d][1] = o[d][2] = o[d][3] = 0;
-    walk(q, a.level, coarse_tiles(), ring, [&](const Tile& tile) {
+    walk<16>(q, a.level, coarse_tiles(), ring, [&](const Tile& tile) {
         float s[2][4] = {}, dp[2][4] = {}, scale = a.scale, log_count = tile.level->log_count;
         add_scores<2>(s, query_rows, tile.k, lane);
         add_scores<2>(dp, dout_rows, tile.v, lane);
@@ -233,11 +233,11 @@ __device__ __forceinline__ void add_warps(float (&o)[N_DIMS][4], float* memory, 
 }
 
 // One level below the coarsest. A piece of work is 16 keys, all children of one parent, and up to `split` tiles of 16
-// queries of the parent's list. JOINT: a block's warps take turns in the tiles of one piece, and their sums are added in
-// order; else each has a piece of its own. A piece that is the only one of its parent writes the result, others their part.
-template <bool JOINT> __device__ __forceinline__ void gradient_of_keys(const Arguments& a) {
+// queries of the parent's list. A block of BY warps has one piece: they take turns in its tiles, and their sums are added in
+// order. A piece that is the only one of its parent writes the result, others their part.
+template <int BY> __device__ __forceinline__ void gradient_of_keys(const Arguments& a) {
     constexpr int RING = 2 * 16 * PITCH;
-    __shared__ __align__(16) Row row_tiles[KEY_WARPS][KEY_STAGES][16];
+    __shared__ __align__(16) Row row_tiles[BY][KEY_STAGES][16];
     const int lane = threadIdx.x % WARP, i_warp = threadIdx.x / WARP;
     Element* ring = reinterpret_cast<Element*>(shared_memory()) + i_warp * (KEY_STAGES + !ROWS_IN_REGISTERS) * RING;
     // Keys that go on into registers lie where the second tile of queries will
@@ -246,11 +246,9 @@ template <bool JOINT> __device__ __forceinline__ void gradient_of_keys(const Arg
 
     const u32 parts = a.block_bits > 4 ? 1 << (a.block_bits - 4) : 1;
     const u32 units = u32(a.parents + a.spare) * parts;            // of a list: first pieces, then the others
-    const u32 i_unit = JOINT ? blockIdx.x : blockIdx.x * KEY_WARPS + i_warp;   // no memory holds 2**32 tiles of keys
-    const int i_list = i_unit / units, unit = i_unit % units, i_part = unit % parts, which = unit / parts;
-    if (i_list >= a.batch * a.kv_heads) return;                    // for the whole warp; JOINT: for the whole block
+    const int i_list = blockIdx.x / units, unit = blockIdx.x % units, i_part = unit % parts, which = unit / parts;
     const int i_batch = i_list / a.kv_heads, i_kv = i_list % a.kv_heads;
-    const int* items = a.items + i64(i_list) * row_of(a.parents + 1);
+    const int* items = a.items + i64(i_list) * whole_fours(a.parents + 1);
 
     int parent = which, piece = 0;
     if (which >= a.parents) {                                      // the parent whose extra piece this is
@@ -266,13 +264,12 @@ template <bool JOINT> __device__ __forceinline__ void gradient_of_keys(const Arg
         piece = 1 + extra - (items[parent] - parent);
     }
     const int extras = items[parent] - parent, pieces = items[parent + 1] - items[parent];
-    const int* starts = a.starts + i64(i_list) * row_of(a.parents * a.ranges + 1) + i64(parent) * a.ranges;
+    const int* starts = a.starts + i64(i_list) * whole_fours(a.parents * a.ranges + 1) + i64(parent) * a.ranges;
     const int start = parent ? starts[-1] : 0, entries = starts[a.ranges - 1] - start;
     const int* rows = a.rows + i64(i_list) * a.row_count * a.columns + start;
     const int group = a.heads / a.kv_heads;
     const int all_tiles = int((i64(entries) * a.run + 15) / 16);
-    const int end = min(all_tiles, (piece + 1) * a.split), step = JOINT ? KEY_WARPS : 1;
-    const int first_tile = piece * a.split + (JOINT ? i_warp : 0);
+    const int end = min(all_tiles, (piece + 1) * a.split), first_tile = piece * a.split + i_warp;
 
     const int first_key = (parent << a.block_bits) + i_part * 16, end_key = min((parent + 1) << a.block_bits, a.length);
     stage_keys(a, key_tile, i_batch, i_kv, first_key, end_key, lane);
@@ -295,7 +292,7 @@ template <bool JOINT> __device__ __forceinline__ void gradient_of_keys(const Arg
                 query[i] = ((row - of_head * a.row_length) << a.run_bits) + int(place - entry_at(place) * a.run);
                 if (row < 0 || query[i] >= a.queries) query[i] = -1;
             }
-            look_up(tile + step);
+            look_up(tile + BY);
             const Element *upper_q = head_of<const Element>(a.q, i_batch, head[0]), *lower_q = upper_q;
             const Element *upper_dout = head_of<const Element>(a.dout, i_batch, head[0]), *lower_dout = upper_dout;
             if (head[1] != head[0]) {
@@ -321,15 +318,15 @@ template <bool JOINT> __device__ __forceinline__ void gradient_of_keys(const Arg
     copies_wait<1>();
     Keys keys;
     hold_keys(keys, a, key_tile, first_key, end_key, lane);
-    if (KEY_STAGES == 2) fetch(first_tile + step, 1);
+    if (KEY_STAGES == 2) fetch(first_tile + BY, 1);
     int i_stage = 0;
-    for (int tile = first_tile; tile < end; tile += step) {
+    for (int tile = first_tile; tile < end; tile += BY) {
         copies_wait<KEY_STAGES - 1>();
         __syncwarp();
         const Element* q = ring + i_stage * RING;
         add_queries(keys, a, q, q + 16 * PITCH, row_tiles[i_warp][i_stage], lane);
         __syncwarp();
-        fetch(tile + KEY_STAGES * step, i_stage);
+        fetch(tile + KEY_STAGES * BY, i_stage);
         if (KEY_STAGES == 2) i_stage ^= 1;
     }
     copies_wait<0>();
@@ -338,7 +335,7 @@ template <bool JOINT> __device__ __forceinline__ void gradient_of_keys(const Arg
     float* memory = reinterpret_cast<float*>(shared_memory());
     const int n_keys = end_key - first_key;
     auto write = [&](auto& o, float scale, float* sums, float* parts_of, const float* above, const Array& result, int dims) {
-        if (JOINT) {
+        if (BY > 1) {
             add_warps(o, memory, i_warp, lane);
             if (i_warp) return;
         }
@@ -362,11 +359,13 @@ template <bool JOINT> __device__ __forceinline__ void gradient_of_keys(const Arg
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(KEY_WARPS * WARP, KEY_BLOCKS) key_gradient(const __grid_constant__ Arguments a) {
-    gradient_of_keys<false>(a);
+extern "C" __global__ void __launch_bounds__(WARP, KEY_BLOCKS * KEY_WARPS)
+key_gradient(const __grid_constant__ Arguments a) {
+    gradient_of_keys<1>(a);
 }
-extern "C" __global__ void __launch_bounds__(KEY_WARPS * WARP, KEY_BLOCKS) key_gradient_joint(const __grid_constant__ Arguments a) {
-    gradient_of_keys<true>(a);
+extern "C" __global__ void __launch_bounds__(KEY_WARPS * WARP, KEY_BLOCKS)
+key_gradient_joint(const __grid_constant__ Arguments a) {
+    gradient_of_keys<KEY_WARPS>(a);
 }
 
 // The coarsest level. A block has KEY_WARPS times 16 keys and one piece of all queries of all heads of a group; its warps
@@ -413,7 +412,7 @@ key_gradient_dense(const __grid_constant__ Arguments a) {
         __syncthreads();   // all are also done with the stage before this one
         if (DENSE_STAGES > 1) fetch(tile + DENSE_STAGES - 1, (i_stage ? i_stage : DENSE_STAGES) - 1);
         const Element* q = ring + i_stage * RING;
-        add_queries(keys, a, q, q + 16 * PITCH, row_tiles[i_stage], lane);
+        if (first_key < a.length) add_queries(keys, a, q, q + 16 * PITCH, row_tiles[i_stage], lane);   // for the whole warp
         if (DENSE_STAGES == 1) __syncthreads();
         else i_stage = i_stage == DENSE_STAGES - 1 ? 0 : i_stage + 1;
     }

@@ -18,14 +18,13 @@ from llsa_np.options import AttendOptions
 Spaces = list[tuple[tuple[int, ...], str]]
 
 ARGUMENTS = Struct(f"{ARRAY * 10}Q3Q2Q2Q2Q9i11i2i4f0q")
-UNPOOL = Struct("3Qq5i2f0q")
-FINISH = Struct(f"4Q{ARRAY}7i0q")
+UNPOOL = Struct("3Q7i2f0q")
+FINISH = Struct(f"4Q{ARRAY}8i0q")
 CLEAR = Struct("Qq")
 UNPOOL_THREADS = 256
-FINISH_PARENTS = 32
 NO_LISTS = (0,) * len(Lists._fields)
-DENSE_PIECES = 16
-"""Pieces of all queries that the coarsest level's keys are given to, at most: their sums take memory."""
+MOST_DENSE_PIECES = 256
+"""Of the queries, on the coarsest level: their sums take memory, and are added up one after another."""
 MOST_ROW_REGISTERS = 64
 """The widest tile of which a warp keeps its own rows, of two arrays, in registers."""
 MOST_BOTH = 128
@@ -47,12 +46,16 @@ class KeySplit(NamedTuple):
 
 def key_split_for(tile: Tile) -> KeySplit:
     """So that two blocks or more fit into a multiprocessor's shared memory, and one on every card."""
-    # Measured as in attend.py, before the branches in `add_queries` were gone; ms of key_gradient, _joint and _dense:
-    # as it stands 0.352, 0.259, 0.438. DENSE_BLOCKS 4: 0.353, 0.257, 0.362. KEY_BLOCKS 4: 0.415, 0.302, for it spills.
-    # KEY_WARPS 2 and KEY_BLOCKS 6: 0.341, 0.294; KEY_WARPS 8 and KEY_BLOCKS 1: 0.431, 0.301. Rows of keys in shared
-    # memory (32 as MOST_ROW_REGISTERS) and KEY_BLOCKS 4: 0.330, 0.266, but query_gradient loses more than that.
+    # Measured as in attend.py; ms of key_gradient, _joint and _dense: as it stands 0.319, 0.255, 0.258. KEY_WARPS 2 and
+    # KEY_BLOCKS 6: _joint 0.291; KEY_WARPS 8 and KEY_BLOCKS 1: 0.298. Rows of keys in shared memory (32 as
+    # MOST_ROW_REGISTERS) and KEY_BLOCKS 4: 0.322, 0.262, 0.290. With four warps to a block of key_gradient, each with a
+    # piece of its own: 0.339, for a block lasts as long as its longest list.
+    # D = 128: 0.595, 0.555, 0.546; KEY_WARPS 4 with one stage: 0.672, 0.529, 0.578. float32 as it stands 1.847, 1.596,
+    # 2.943; as D = 128: 1.805, 1.812, 2.870.
     if tile.row_bytes <= 128:
         return KeySplit(KEY_WARPS=4, KEY_STAGES=2, KEY_BLOCKS=3, DENSE_STAGES=4, DENSE_BLOCKS=3)
+    if tile.row_bytes <= 256 and tile.dtype != "float32":
+        return KeySplit(KEY_WARPS=2, KEY_STAGES=2, KEY_BLOCKS=4, DENSE_STAGES=2, DENSE_BLOCKS=4)
     if tile.row_bytes <= 256:
         return KeySplit(KEY_WARPS=4, KEY_STAGES=1, KEY_BLOCKS=2, DENSE_STAGES=2, DENSE_BLOCKS=2)
     return KeySplit(
@@ -79,18 +82,21 @@ def gradient_kernels(tile: Tile, whole: bool, needs_k: bool, needs_v: bool) -> K
     needs = (("NEEDS_K", str(int(needs_k))), ("NEEDS_V", str(int(needs_v))))
     most = (("MOST_ROW_REGISTERS", str(MOST_ROW_REGISTERS)),)
     values = dict(forward.defines)
-    warps, stages, shared_rows = int(values["WARPS"]), int(values["STAGES"]), int(values["KEYS"])
-    shared_rows *= int(values["COARSE_STAGES"])
+    warps = int(values["WARPS"])
+    ring_rows, shared_rows = (
+        int(values["STAGES"]) * int(values["FINE_KEYS"]),
+        int(values["COARSE_STAGES"]) * int(values["KEYS"]),
+    )
 
     def query_rows(warps: int) -> int:
-        return 2 * (shared_rows + stages * warps * 16) + (0 if in_registers else 2 * warps * 16)
+        return 2 * (shared_rows + ring_rows * warps) + (0 if in_registers else 2 * warps * 16)
 
     # Two tiles of rows stay, where the forward has one.
     while warps > 1 and query_rows(warps) * tile.pitch_bytes > PORTABLE_SHARED:
         warps //= 2
     values |= {"WARPS": str(warps)} | {name: str(value) for name, value in keys._asdict().items()}
     defines = (*(values | dict(needs) | dict(most)).items(),)
-    key_rows = keys.KEY_WARPS * 32 * (keys.KEY_STAGES + (not in_registers))
+    key_rows = 32 * (keys.KEY_STAGES + (not in_registers))  # of a warp
     dense_rows = 32 * (keys.DENSE_STAGES + keys.KEY_WARPS)
     threads = keys.KEY_WARPS * 32
 
@@ -100,8 +106,8 @@ def gradient_kernels(tile: Tile, whole: bool, needs_k: bool, needs_v: bool) -> K
     return Kernels(
         kernel("prepare", 128, 0),
         kernel("query_gradient", warps * 32, query_rows(warps)),
-        kernel("key_gradient", threads, key_rows),
-        kernel("key_gradient_joint", threads, key_rows),
+        kernel("key_gradient", 32, key_rows),
+        kernel("key_gradient_joint", threads, keys.KEY_WARPS * key_rows),
         kernel("key_gradient_dense", threads, dense_rows),
     )
 
@@ -139,10 +145,13 @@ def backward_kernels(tile: Tile, whole: bool) -> list[Kernel]:
 # --- sizes
 
 
-def dense_pieces(queries: int, group: int) -> tuple[int, int]:
-    """(pieces, tiles of a piece) of the coarsest level: all tiles of 16 queries of a group's heads."""
+def dense_pieces(queries: int, group: int, lists: int, length: int) -> tuple[int, int]:
+    """(pieces, tiles of a piece) of the coarsest level, of so many keys: all tiles of 16 queries of a group's heads."""
     tiles = group * -(-queries // 16)
-    of_piece = max(16, -(-tiles // DENSE_PIECES))
+    # Blocks enough for every card. ms of key_gradient_dense and of adding up, on an H100 at 65,536 tokens, with L = 2
+    # and L = 3: as it stands, 24 and 48 pieces, 0.277 and 0.078; with 16 pieces 0.314 and 0.124.
+    most = max(1, min(MOST_DENSE_PIECES, 768 // max(1, lists * max(2, -(-length // 64)))))
+    of_piece = max(16, -(-tiles // most))
     return -(-tiles // of_piece), of_piece
 
 
@@ -165,7 +174,9 @@ def backward_spaces(
     if needs & {"k", "v"} and group:
         for level in options.levels:
             if level == hierarchy.levels:
-                places = max(places, dense_pieces(queries, group)[0] * hierarchy.lengths[level])
+                places = max(
+                    places, dense_pieces(queries, group, lists, hierarchy.lengths[level])[0] * hierarchy.lengths[level]
+                )
             else:
                 of = lists_of(level, hierarchy, query_hierarchy, topk[level], group)
                 integers = [max(pair) for pair in zip(integers, transpose_spaces(lists, of))]
@@ -252,7 +263,7 @@ def attend_backward(
                 *(pointer(v_sums[1]) if has_above and need_v else 0,),
                 *(batch, heads, kv_heads, queries, padded(queries), dim, value_dim, block_bits, len(options.levels)),
                 *(hierarchy.lengths[level], *(NO_LISTS if of is None else of)),
-                *dense_pieces(queries, group),
+                *dense_pieces(queries, group, lists, hierarchy.lengths[level]),
                 *(options.scale * math.log2(math.e), options.scale, *log_counts(level, hierarchy, options.reweight)),
             )
             + levels
@@ -277,7 +288,7 @@ def attend_backward(
         takes_part, is_dense = level in options.levels, level == hierarchy.levels
         pieces = 1
         if takes_part and is_dense:
-            pieces, _ = dense_pieces(queries, group)
+            pieces, _ = dense_pieces(queries, group, lists, hierarchy.lengths[level])
             for need_k, need_v in launches:
                 kernel = gradient_kernels(tile, whole, need_k, need_v).key_gradient_dense
                 key_groups = -(-hierarchy.lengths[level] // (kernel.threads // 2))
@@ -288,38 +299,33 @@ def attend_backward(
             units = (of.parents + of.spare) * max(1, hierarchy.block_size // 16)
             for need_k, need_v in launches:
                 kernels = gradient_kernels(tile, whole, need_k, need_v)
-                if level > 0:  # lists are long: whole groups of queries
-                    kernel, blocks = kernels.key_gradient_joint, lists * units
-                else:
-                    kernel = kernels.key_gradient
-                    blocks = -(-lists * units // (kernel.threads // 32))
-                launch(kernel, blocks, arguments(level, of, need_k, need_v), stream)
+                # On coarse levels lists are long: whole groups of queries
+                kernel = kernels.key_gradient if level == 0 else kernels.key_gradient_joint
+                launch(kernel, lists * units, arguments(level, of, need_k, need_v), stream)
             if of.spare:
+                # Few lists of level 0 are cut, but most of the coarse levels, where there may be as few as 16 parents:
+                # with 32 of them to a block, it took 0.28 ms of an H100 at 65,536 tokens and L = 3; now 0.013.
+                of_block = 32 if level == 0 else 1
                 for gradient, parts, of_levels in wanted:
                     finish = FINISH.pack(
                         *(pointer(items), pointer(parts), pointer(of_levels[1]) if has_above and level == 0 else 0),
                         *(pointer(of_levels[level]) if level > 0 else 0, *array(gradient)),
-                        *(
-                            kv_heads,
-                            lists,
-                            of.parents,
-                            of.spare,
-                            hierarchy.lengths[level],
-                            gradient.shape[3],
-                            block_bits,
-                        ),
+                        *(kv_heads, lists, of.parents, of.spare, hierarchy.lengths[level], gradient.shape[3]),
+                        *(block_bits, of_block),
                     )
-                    launch(unpool_kernel("finish", dtype), -(-lists * of.parents // FINISH_PARENTS), finish, stream)
+                    # An odd number, so that the same parents of other lists are another block's
+                    blocks = -(-lists * of.parents // of_block) | 1
+                    launch(unpool_kernel("finish", dtype), blocks, finish, stream)
         if level == 0:
             return
         for _, parts, of_levels in wanted:
             sums_here, dims = of_levels[level], of_levels[level].shape[2]
             own = 0 if not takes_part else pointer(parts) if is_dense else pointer(sums_here)
-            length = hierarchy.lengths[level]
+            length, of_block = hierarchy.lengths[level], UNPOOL_THREADS // (dims // 4)
             unpool = UNPOOL.pack(
-                *(own, pointer(of_levels[level + 1]) if has_above else 0, pointer(sums_here), lists),
-                *(pieces, length, hierarchy.lengths[level + 1] if has_above else 0, dims, block_bits),
+                *(own, pointer(of_levels[level + 1]) if has_above else 0, pointer(sums_here), lists * length),
+                *(pieces, length, hierarchy.lengths[level + 1] if has_above else 0, dims, block_bits, of_block),
                 *(min(hierarchy.stride(level), hierarchy.tokens), hierarchy.last_count(level)),
             )
-            launch(unpool_kernel("unpool", dtype), -(-lists * length * dims // UNPOOL_THREADS), unpool, stream)
+            launch(unpool_kernel("unpool", dtype), -(-lists * length // of_block), unpool, stream)
         has_above = True

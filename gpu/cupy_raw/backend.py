@@ -65,7 +65,7 @@ class CupyRawBackend:
         wider = tile_for(case.dtype, max(case.dim, case.value_dim))
         kernels = [select_kernel(tile, True)]  # it takes pooled levels alone, whose rows always can
         for whole in (True, False):
-            kernels += [*pool_kernels(case.dtype, whole), attend_kernel(wider, whole)]
+            kernels += [*pool_kernels(case.dtype, case.block_size, whole), attend_kernel(wider, whole)]
             kernels += backward_kernels(wider, whole) if backward else []
         precompile(kernels, arch)
 

@@ -49,7 +49,7 @@ struct Array {
 };
 
 // Integers from one row of n to the next, so that every row can be read four at a time.
-__device__ __forceinline__ int row_of(int n) { return (n + 3) & ~3; }
+__device__ __forceinline__ int whole_fours(int n) { return (n + 3) & ~3; }
 
 template <class T> __device__ __forceinline__ T* head_of(const Array& x, i64 i_batch, i64 i_head) {
     return static_cast<T*>(x.data) + i_batch * x.batch + i_head * x.head;

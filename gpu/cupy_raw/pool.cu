@@ -3,22 +3,23 @@
 // A block makes all children of one token of the upper level, and then that token: the b tokens of level l + 1 under it,
 // each the mean of its b children, for CHUNK dims.
 //
-//     threads        one piece of dims of one token of level l + 1: adds up its children in ascending order
+//     threads        one piece of dims of one token of level l + 1: adds up its children in ascending order, 16 of them on
+//                    their way at once
 //     then           one dim of the token of level l + 2: adds up the b sums, which lie in shared memory
 //
-// So level l is read once for two levels, and what goes on to higher levels are unrounded sums.
+// So level l is read once for two levels, and what goes on to higher levels are unrounded sums. On an H100, 67 MB of
+// bfloat16: 0.037 ms with b known at run time and means written one by one, 0.029 as it stands, 70 % of the memory's rate.
 #include <numbers.cuh>
 
 constexpr int THREADS = 128;
 constexpr int CHUNK = 64;
-constexpr int MOST_CHILDREN = 64;
 
 struct Arguments {
     Array x;                  // level l: elements, or on higher levels float32 sums
     Array means, upper_means; // levels l + 1 and l + 2; no data where l + 2 is not asked for
     float* upper_sums;        // (batch * heads, upper_length, dims), what the next two levels begin with; or null
     i64 heads;
-    int length, means_length, upper_length, dims, block_bits;
+    int length, means_length, upper_length, dims;
     float count, last_count, upper_count, upper_last_count;
 };
 
@@ -30,22 +31,22 @@ __device__ __forceinline__ float as_float(float x) { return x; }
 #endif
 
 template <class Child> __device__ __forceinline__ void pool_two(const Arguments& a) {
-    __shared__ float sums[MOST_CHILDREN][CHUNK];   // [b, CHUNK]
+    __shared__ float sums[BLOCK_SIZE][CHUNK];
 
-    const int block_size = 1 << a.block_bits, chunks = (a.dims + CHUNK - 1) / CHUNK;
-    const int uppers = (a.means_length + block_size - 1) >> a.block_bits;
+    const int chunks = (a.dims + CHUNK - 1) / CHUNK;
+    const int uppers = (a.means_length + BLOCK_SIZE - 1) / BLOCK_SIZE;
     const int i_chunk = blockIdx.x % chunks, i_upper = blockIdx.x / chunks % uppers;
     const i64 i_list = blockIdx.x / chunks / uppers, i_batch = i_list / a.heads, i_head = i_list % a.heads;
     const int o_dim = i_chunk * CHUNK, dims = min(CHUNK, a.dims - o_dim);
     const int pieces = (dims + PIECE - 1) / PIECE;
-    const int tokens = min(block_size, a.means_length - i_upper * block_size);
+    const int tokens = min(BLOCK_SIZE, a.means_length - i_upper * BLOCK_SIZE);
     const Child* x = head_of<const Child>(a.x, i_batch, i_head);
 
     for (int i = threadIdx.x; i < tokens * pieces; i += THREADS) {
-        const int i_token = i / pieces, o = i % pieces * PIECE, token = i_upper * block_size + i_token;
-        const int first = token << a.block_bits, children = min(block_size, a.length - first);
+        const int i_token = i / pieces, o = i % pieces * PIECE, token = i_upper * BLOCK_SIZE + i_token;
+        const int first = token * BLOCK_SIZE, children = min(BLOCK_SIZE, a.length - first);
         float sum[PIECE] = {};
-#pragma unroll 8
+#pragma unroll 16
         for (int child = 0; child < children; child++) {
             const Child* from = x + i64(first + child) * a.x.token + (o_dim + o) * a.x.dim;
             if (WHOLE) {
@@ -60,10 +61,16 @@ template <class Child> __device__ __forceinline__ void pool_two(const Arguments&
         }
         const float count = token == a.means_length - 1 ? a.last_count : a.count;
         Element* to = head_of<Element>(a.means, i_batch, i_head) + i64(token) * a.means.token + (o_dim + o) * a.means.dim;
+        if (WHOLE) {
+            Piece piece;
+#pragma unroll
+            for (int d = 0; d < PIECE; d++) piece.x[d] = to_element(sum[d] / count);
+            *reinterpret_cast<Piece*>(to) = piece;
+        }
 #pragma unroll
         for (int d = 0; d < PIECE; d++) {
             if (o + d < dims) {
-                to[d * a.means.dim] = to_element(sum[d] / count);
+                if (!WHOLE) to[d * a.means.dim] = to_element(sum[d] / count);
                 sums[i_token][o + d] = sum[d];
             }
         }

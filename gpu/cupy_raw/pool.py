@@ -13,16 +13,24 @@ Spaces = list[tuple[tuple[int, ...], str]]
 
 THREADS = 128
 CHUNK = 64
-ARGUMENTS = Struct(f"{ARRAY}{ARRAY}{ARRAY}Qq5i4f0q")
+ARGUMENTS = Struct(f"{ARRAY}{ARRAY}{ARRAY}Qq4i4f0q")
 
 
 @cache
-def pool_kernels(dtype: str, whole: bool) -> list[Kernel]:
-    """For elements, whose rows may or may not be moved in pieces, and for sums of the levels below, which may not."""
-    return [
-        Kernel("pool.cu", name, ((f"ELEMENT_{dtype.upper()}", "1"), ("WHOLE", str(int(can)))), THREADS)
-        for name, can in (("pool", whole), ("pool_sums", False))
-    ]
+def pool_kernel(name: str, dtype: str, block_size: int, whole: bool) -> Kernel:
+    """name: "pool" for elements, "pool_sums" for sums of the levels below. whole: the rows that it reads, and those of
+    the means, can be moved in pieces."""
+    defines = (
+        (f"ELEMENT_{dtype.upper()}", "1"),
+        ("WHOLE", str(int(whole))),
+        ("BLOCK_SIZE", str(block_size)),
+    )
+    return Kernel("pool.cu", name, defines, THREADS)
+
+
+def pool_kernels(dtype: str, block_size: int, whole: bool) -> list[Kernel]:
+    """All that a call needs. Sums are arrays of our own, whose rows always can be moved in pieces."""
+    return [pool_kernel("pool", dtype, block_size, whole), pool_kernel("pool_sums", dtype, block_size, True)]
 
 
 def pool_spaces(batch: int, heads: int, dim: int, hierarchy: Hierarchy) -> Spaces:
@@ -33,23 +41,23 @@ def pool_spaces(batch: int, heads: int, dim: int, hierarchy: Hierarchy) -> Space
 def pool(x: Any, hierarchy: Hierarchy, out: list[Any], spaces: list[Any], dtype: str, stream: int) -> None:
     """out[l - 1] = level l of x, l = 1..L."""
     batch, heads, _, dim = x.shape
-    block_bits = hierarchy.block_size.bit_length() - 1
     children = array(x)
-    from_elements, from_sums = pool_kernels(dtype, is_whole(dtype, children))
     for level in range(1, hierarchy.levels + 1, 2):
         is_two, goes_on = level < hierarchy.levels, level + 1 < hierarchy.levels
-        means, upper = out[level - 1], out[level] if is_two else None
+        means, upper = array(out[level - 1]), out[level] if is_two else None
         sums = spaces[(level - 1) // 2] if goes_on else None
         lengths = hierarchy.lengths
         arguments = ARGUMENTS.pack(
-            *(*children, *array(means), *(array(upper) if is_two else NO_ARRAY)),
+            *(*children, *means, *(array(upper) if is_two else NO_ARRAY)),
             *(pointer(sums) if goes_on else 0, heads),
-            *(lengths[level - 1], lengths[level], lengths[level + 1] if is_two else 0, dim, block_bits),
+            *(lengths[level - 1], lengths[level], lengths[level + 1] if is_two else 0, dim),
             *(*counts(level, hierarchy), *(counts(level + 1, hierarchy) if is_two else (0, 0))),
         )
         uppers = -(-lengths[level] // hierarchy.block_size)
         blocks = batch * heads * uppers * -(-dim // CHUNK)
-        launch(from_elements if level == 1 else from_sums, blocks, arguments, stream)
+        whole = is_whole(dtype if level == 1 else "float32", children) and is_whole(dtype, means)
+        name = "pool" if level == 1 else "pool_sums"
+        launch(pool_kernel(name, dtype, hierarchy.block_size, whole), blocks, arguments, stream)
         children = array(sums) if goes_on else NO_ARRAY
 
 

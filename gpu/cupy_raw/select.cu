@@ -15,7 +15,8 @@ constexpr int THREADS = WARPS * WARP;
 constexpr int QUERIES = 16;
 constexpr int MOST_KEPT = 64;
 constexpr int N_KEYS = TILE / WARPS / 8;                    // result tiles of a warp along the candidates
-constexpr int ENTRIES = (MOST_KEPT + TILE) / WARP;          // what a lane holds of the best so far and a tile
+constexpr int BEST = MOST_KEPT / WARP;                      // what a lane holds of the best so far,
+constexpr int ENTRIES = BEST + TILE / WARP;                 // and of those and a tile
 
 struct Arguments {
     Array q;
@@ -31,10 +32,15 @@ __device__ __forceinline__ u32 order(float score) {
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
-__device__ __forceinline__ int count_at_least(const u32 (&orders)[ENTRIES], u32 least) {
+// How many of a warp's orders are at least so large. is_first: there is no best so far, as in most lists.
+__device__ __forceinline__ int count_at_least(const u32 (&orders)[ENTRIES], u32 least, bool is_first) {
     int count = 0;
 #pragma unroll
-    for (int i = 0; i < ENTRIES; i++) count += orders[i] >= least;
+    for (int i = BEST; i < ENTRIES; i++) count += orders[i] >= least;
+    if (!is_first) {
+#pragma unroll
+        for (int i = 0; i < BEST; i++) count += orders[i] >= least;
+    }
     return __reduce_add_sync(~0u, unsigned(count));
 }
 
@@ -64,6 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) select(const __grid_consta
     int length[QUERIES / WARPS] = {};                                    // how many each of the warp's queries keeps so far
 
     for (int o_place = 0; o_place < candidates; o_place += TILE) {
+        const bool is_first = o_place == 0;
         for (int i = i_thread; i < TILE; i += THREADS) {
             const int token = o_place + i < candidates ? token_at(level, parents, o_place + i, a.block_bits) : -1;
             tokens[i] = token < level.length ? token : -1;
@@ -114,16 +121,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) select(const __grid_consta
             u32 threshold = 0;                                           // the keep-th largest, found from its highest bit on
             if (keep) {
                 for (int bit = 31; bit >= 0; bit--) {
-                    const int count = count_at_least(seen, threshold | 1u << bit);
+                    const int count = count_at_least(seen, threshold | 1u << bit, is_first);
                     if (count >= keep) threshold |= 1u << bit;
                     if (count == keep) break;                            // what is left of the bits changes nothing
                 }
             }
-            const int above = threshold == ~0u ? 0 : count_at_least(seen, threshold + 1);
+            const int above = threshold == ~0u ? 0 : count_at_least(seen, threshold + 1, is_first);
             int equals = keep - above, place = 0;                        // of those that equal it, the first
             __syncwarp();
 #pragma unroll
             for (int i = 0; i < ENTRIES; i++) {
+                if (is_first && i < BEST) continue;
                 const u32 before = (1u << lane) - 1;
                 const u32 equal = __ballot_sync(~0u, keep && seen[i] == threshold);
                 const bool is_kept = keep && (seen[i] > threshold || (seen[i] == threshold && __popc(equal & before) < equals));

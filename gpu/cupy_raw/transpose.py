@@ -10,12 +10,15 @@ from llsa_np.gpu.cupy_raw.program import ARRAY, Kernel, array, launch, pointer
 from llsa_np.hierarchy import Hierarchy
 
 THREADS, SUM_THREADS, WARP = 256, 1024, 32
-ARGUMENTS = Struct(f"{ARRAY}3Q11i0q")
+CHUNK = 4 * SUM_THREADS
+ARGUMENTS = Struct(f"{ARRAY}3Q12i0q")
 
-MOST_RANGES = 64
-# On an H100 at 65,536 tokens, level 0, place_pairs took 0.127 ms with 1, and takes 0.040 with 4.
-MOST_STARTS = 4
+MOST_RANGES = 128
+# On an H100 at 65,536 tokens, level 0, place_pairs took 0.127 ms with 1, 0.039 with 4, and takes 0.022 with 8.
+MOST_STARTS = 8
 """Counters, one for each range of each parent, to a pair: more ranges are placed at once, and take more memory."""
+MOST_COUNTERS = 2**31 - 2**10
+"""Of a list: the kernels count them in 32 bits."""
 LEAST_SPLIT = 256
 """Tiles of 16 queries of a piece of work, at least."""
 MOST_SPARE = 2**12
@@ -53,17 +56,20 @@ def lists_of(level: int, hierarchy: Hierarchy, queries: Hierarchy, topk: int, gr
     tiles = -(-row_count * topk * run // 16)
     most = max(1, parents // 8, MOST_SPARE // hierarchy.block_size)
     split = max(LEAST_SPLIT, -(-tiles // most))
-    ranges = max(1, min(MOST_RANGES, row_count, MOST_STARTS * row_count * topk // parents))
+    ranges = min(MOST_RANGES, row_count, MOST_STARTS * row_count * topk // parents, MOST_COUNTERS // parents)
     run_log = run.bit_length() - 1 if run & (run - 1) == 0 else -1
-    return Lists(row_length, row_count, topk, parents, ranges, run, run_log, min(run_bits, 31), split, tiles // split)
+    return Lists(
+        row_length, row_count, topk, parents, max(1, ranges), run, run_log, min(run_bits, 31), split, tiles // split
+    )
 
 
 @cache
-def transpose_kernels() -> list[Kernel]:
-    """clear_starts, count_pairs, sum_counts, place_pairs."""
+def transpose_kernels() -> tuple[Kernel, ...]:
+    """In the order in which `transpose` launches them."""
     defines = (("ELEMENT_FLOAT32", "1"),)  # of which none are looked at
-    names = {"clear_starts": THREADS, "count_pairs": THREADS, "sum_counts": SUM_THREADS, "place_pairs": THREADS}
-    return [Kernel("transpose.cu", name, defines, threads) for name, threads in names.items()]
+    sums, others = ("sum_chunks", "sum_counts", "count_items"), ("clear_starts", "count_pairs")
+    names = [*((name, THREADS) for name in others), *((name, SUM_THREADS) for name in sums), ("place_pairs", THREADS)]
+    return tuple(Kernel("transpose.cu", name, defines, threads) for name, threads in names)
 
 
 def transpose_spaces(lists: int, of: Lists) -> tuple[int, int, int]:
@@ -76,14 +82,18 @@ def transpose(selected: Any, of: Lists, kv_heads: int, starts: Any, rows: Any, i
     """Fills starts, rows and items (int32) as transpose.cu says."""
     batch, heads = selected.shape[:2]
     lists = batch * kv_heads
+    chunks = -(-(of.parents * of.ranges + 1) // CHUNK)
     arguments = ARGUMENTS.pack(
         *(*array(selected), pointer(starts), pointer(rows), pointer(items)),
         *(lists, heads, heads // kv_heads, of.row_length, of.row_count, of.columns, of.parents, of.ranges),
-        *(-(-of.row_count // of.ranges), of.run, of.split),
+        *(-(-of.row_count // of.ranges), chunks, of.run, of.split),
     )
-    clear, count, add, place = transpose_kernels()
+    clear, count, sum_chunks, sum_counts, count_items, place = transpose_kernels()
     n_starts, n_pairs, _ = transpose_spaces(lists, of)
     launch(clear, -(-n_starts // THREADS), arguments, stream)
     launch(count, -(-n_pairs // THREADS), arguments, stream)
-    launch(add, lists, arguments, stream)
+    if chunks > 1:
+        launch(sum_chunks, lists * chunks, arguments, stream)
+    launch(sum_counts, lists * chunks, arguments, stream)
+    launch(count_items, lists, arguments, stream)
     launch(place, -(-lists * of.ranges // (THREADS // WARP)), arguments, stream)

@@ -1,4 +1,4 @@
-// From coarse levels down to the tokens (spec.md, Gradients), and sums of pieces. A thread takes one dim of one token.
+// From coarse levels down to the tokens (spec.md, Gradients), and sums of pieces. A thread takes a few dims of one token.
 #include <numbers.cuh>
 
 constexpr int THREADS = 256;
@@ -7,24 +7,30 @@ struct Arguments {
     const float* own;     // the level's own sums, of which there are `pieces`, one behind the other; or null
     const float* above;   // what level l + 1 hands down, (lists, upper_length, dims); or null
     float* total;         // (lists, length, dims)
-    i64 lists;
-    int pieces, length, upper_length, dims, block_bits;
+    int rows, pieces, length, upper_length, dims, block_bits;   // rows: lists * length
+    int of_block;         // rows of a block, each by dims / 4 threads
     float count, last_count;
 };
 
 // total_l[j] = own_l[j] / c_l[j] + total_{l+1}[j / b]
 extern "C" __global__ void __launch_bounds__(THREADS) unpool(const __grid_constant__ Arguments a) {
-    const i64 i = i64(blockIdx.x) * THREADS + threadIdx.x, all = a.lists * a.length * a.dims;
-    if (i >= all) return;
-    const int dim = i % a.dims, token = i / a.dims % a.length;
-    const i64 i_list = i / a.dims / a.length;
-    float total = 0;
+    const u32 of_row = a.dims / 4, row = blockIdx.x * a.of_block + threadIdx.x / of_row, dim = threadIdx.x % of_row * 4;
+    if (threadIdx.x >= a.of_block * of_row || row >= u32(a.rows)) return;
+    const u32 i_list = row / u32(a.length), token = row % u32(a.length);
+    const i64 at = i64(row) * a.dims + dim;
+    float4 total = make_float4(0, 0, 0, 0);
+    auto add = [&](const float* from) {
+        const float4 x = *reinterpret_cast<const float4*>(from);
+        total = make_float4(total.x + x.x, total.y + x.y, total.z + x.z, total.w + x.w);
+    };
     if (a.own) {
-        for (int piece = 0; piece < a.pieces; piece++) total += a.own[piece * all + i];
-        total /= token == a.length - 1 ? a.last_count : a.count;
+#pragma unroll 8
+        for (int piece = 0; piece < a.pieces; piece++) add(a.own + piece * (i64(a.rows) * a.dims) + at);
+        const float count = token == a.length - 1 ? a.last_count : a.count;
+        total = make_float4(total.x / count, total.y / count, total.z / count, total.w / count);
     }
-    if (a.above) total += a.above[(i_list * a.upper_length + (token >> a.block_bits)) * a.dims + dim];
-    a.total[i] = total;
+    if (a.above) add(a.above + (i64(i_list) * a.upper_length + (token >> a.block_bits)) * a.dims + dim);
+    *reinterpret_cast<float4*>(a.total + at) = total;
 }
 
 struct Finish {
@@ -34,16 +40,18 @@ struct Finish {
     float* sums;          // of a coarse level, or null: then the result
     Array result;         // (batch, kv_heads, length, dims)
     int kv_heads, lists, parents, spare, length, dims, block_bits;
+    int of_block;         // parents of a block, up to THREADS
 };
 
 __device__ __forceinline__ void finish_parent(const Finish& a, int i_list, int parent) {
-    const int* items = a.items + i64(i_list) * row_of(a.parents + 1);
+    const int* items = a.items + i64(i_list) * whole_fours(a.parents + 1);
     const int extras = items[parent] - parent, pieces = items[parent + 1] - items[parent];
     const int first = parent << a.block_bits, keys = min(1 << a.block_bits, a.length - first);
     const i64 size = i64(a.dims) << a.block_bits;
     const float* parts = a.parts + i64(i_list) * 2 * a.spare * size;
     for (int i = threadIdx.x; i < keys * a.dims; i += THREADS) {
         float total = parts[(a.spare + extras) * size + i];
+#pragma unroll 4
         for (int piece = 1; piece < pieces; piece++) total += parts[(extras + piece - 1) * size + i];
         const int key = first + i / a.dims, dim = i % a.dims;
         if (a.sums) {
@@ -56,21 +64,20 @@ __device__ __forceinline__ void finish_parent(const Finish& a, int i_list, int p
     }
 }
 
-constexpr int PARENTS = 32;
-
-// A block takes PARENTS parents. A thread looks at one: are there several pieces? Then all threads add them up, each some dims.
+// A block takes `of_block` parents, far from one another, for neighbours are often popular together. A thread looks at one:
+// are there several pieces? Then all threads add them up, each some dims.
 extern "C" __global__ void __launch_bounds__(THREADS) finish(const __grid_constant__ Finish a) {
-    __shared__ bool is_cut[PARENTS];
-    const u32 first = blockIdx.x * PARENTS, i = first + threadIdx.x, parents = a.parents;
+    __shared__ bool is_cut[THREADS];
+    const u32 parents = a.parents, i = blockIdx.x + threadIdx.x * gridDim.x;
     bool any = false;
-    if (threadIdx.x < PARENTS && i < u32(a.lists) * parents) {
-        const int* items = a.items + i64(i / parents) * row_of(parents + 1) + i % parents;
+    if (threadIdx.x < a.of_block && i < u32(a.lists) * parents) {
+        const int* items = a.items + i64(i / parents) * whole_fours(parents + 1) + i % parents;
         any = items[1] - items[0] > 1;
     }
-    if (threadIdx.x < PARENTS) is_cut[threadIdx.x] = any;
+    is_cut[threadIdx.x] = any;
     if (!__syncthreads_or(any)) return;
-    for (int j = 0; j < PARENTS; j++)
-        if (is_cut[j]) finish_parent(a, (first + j) / parents, (first + j) % parents);
+    for (int j = 0; j < a.of_block; j++)
+        if (is_cut[j]) finish_parent(a, (blockIdx.x + j * gridDim.x) / parents, (blockIdx.x + j * gridDim.x) % parents);
 }
 
 struct Clear {
