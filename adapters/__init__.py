@@ -57,10 +57,11 @@ ADAPTERS = {
     "numpy": "llsa_np.adapters.numpy_arrays",
     "cupy": "llsa_np.adapters.cupy_arrays",
     "numba": "llsa_np.adapters.numba_arrays",
+    "torch": "llsa_np.adapters.pytorch",
 }
 """Top module of an array's type (or of a base class of it) -> the module whose `adapter` serves it."""
 
-SUPPORTED = "arrays of NumPy (bfloat16 as ml_dtypes.bfloat16), CuPy and numba.cuda"
+SUPPORTED = "arrays of NumPy (bfloat16 as ml_dtypes.bfloat16), CuPy and numba.cuda, and dense tensors of PyTorch"
 
 
 def type_name(value: Any) -> str:

@@ -93,9 +93,13 @@ class Call(NamedTuple):
         out, out_view = self.adapter.empty((q.batch, q.heads, q.tokens, self.sizes["v"].dim), None, view, self.layout)
         lse, lse_view = self.adapter.empty((q.batch, q.heads, q.tokens), lse_dtype(self.dtype), view)
         work = self.work("attend", selection.query_hierarchy, selection.key_hierarchy, selection.topk, options)
-        room = lend(kernels, self.adapter, view, work)
-        kernels.attend(view.array, k_levels, v_levels, selection, options, out_view.array, lse_view.array, room)
+        room, seen = lend(kernels, self.adapter, view, work), self.seen(selection)
+        kernels.attend(view.array, k_levels, v_levels, seen, options, out_view.array, lse_view.array, room)
         return out, lse
+
+    def seen(self, selection: Selection) -> Selection:
+        """A Selection as the backend sees it."""
+        return Selection._made(tuple(self.adapter.view(x).array for x in selection), *selection.made_for)
 
     def empty_like(self, name: str) -> tuple[Any, Any]:
         """A new array of an argument's shape, dtype and layout: for the caller, and as the backend sees it."""
@@ -112,7 +116,9 @@ def naming_memory_errors(function: Function) -> Function:
             return function(*arrays, **options)
         except MemoryError as error:
             told = str(error).rstrip(".") or "out of memory"
-            raise MemoryError(
+            # An adapter's own type is one that users of its framework catch; CuPy's takes other arguments.
+            kind = type(error) if type(error).__module__.startswith("llsa_np.") else MemoryError
+            raise kind(
                 f"{function.__name__}: {told}. Call it with fewer batch entries, or fewer kv heads with their query "
                 "heads, at a time: none sees another"
             ) from error

@@ -28,6 +28,7 @@ from llsa_np.options import (
     check_topk,
 )
 from llsa_np.selection import Selection
+from llsa_np.wrapping import wrapped_by_frameworks
 
 Array = TypeVar("Array")
 """An array of any supported framework: results are of the kind of the arguments."""
@@ -71,6 +72,7 @@ def attention(
 ) -> tuple[Array, Array]: ...
 
 
+@wrapped_by_frameworks
 @naming_memory_errors
 @copied_to_the_device
 def attention(
@@ -114,8 +116,41 @@ def attention(
     Work O(N log N), no array of M x N; sums in float32 (float64); errors: spec.md, Rounding; same bits on every run.
     Source: spec.md; arXiv 2512.16615.
     """
+    return_lse = check_flag("attention", "return_lse", return_lse)
+    out, lse, _ = attend_selected(
+        q,
+        k,
+        v,
+        block_size=block_size,
+        levels=levels,
+        topk=topk,
+        enrich=enrich,
+        reweight=reweight,
+        scale=scale,
+        layout=layout,
+        backend=backend,
+        precision=precision,
+    )
+    return (out, lse) if return_lse else out
+
+
+def attend_selected(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    block_size: Any,
+    levels: Any,
+    topk: Any,
+    enrich: Any,
+    reweight: Any,
+    scale: Any,
+    layout: Any,
+    backend: Any,
+    precision: Any,
+) -> tuple[Array, Array, Selection]:
+    """`attention` for those who need its selection too, for gradients: out, lse, selection."""
     who = "attention"
-    return_lse = check_flag(who, "return_lse", return_lse)
     call = prepare(who, backend, layout, {"q": q, "k": k, "v": v})
     block_size, levels, topks = pyramid(who, block_size, levels, topk, call.sizes["k"].tokens)
     options = check_attend_options(who, enrich, reweight, scale, precision, levels=levels, dim=call.sizes["q"].dim)
@@ -125,9 +160,10 @@ def attention(
     selection = call.select(kernels, k_levels, key_hierarchy, topks)
     v_levels = call.levels(kernels, "v", key_hierarchy)
     out, lse = call.attend(kernels, k_levels, v_levels, selection, options)
-    return (out, lse) if return_lse else out
+    return out, lse, selection
 
 
+@wrapped_by_frameworks
 @naming_memory_errors
 @copied_to_the_device
 def select(
@@ -158,6 +194,7 @@ def select(
     return call.select(kernels, call.levels(kernels, "k", key_hierarchy), key_hierarchy, topks)
 
 
+@wrapped_by_frameworks
 @naming_memory_errors
 @copied_to_the_device
 def attend(
@@ -193,6 +230,7 @@ def attend(
     return call.attend(kernels, k_levels, v_levels, selection, options)
 
 
+@wrapped_by_frameworks
 @naming_memory_errors
 @copied_to_the_device
 def attend_backward(
@@ -246,7 +284,7 @@ def attend_backward(
             view["out"],
             view["lse"],
             view.get("dlse"),
-            selection,
+            call.seen(selection),
             options,
             gradients["q"][1],
             gradients["k"][1],
@@ -256,6 +294,7 @@ def attend_backward(
     return gradients["q"][0], gradients["k"][0], gradients["v"][0]
 
 
+@wrapped_by_frameworks
 @naming_memory_errors
 @copied_to_the_device
 def pool(

@@ -94,6 +94,11 @@ def default_levels(tokens: int, block_size: int = 16) -> int:
     """
     tokens = check_integer("default_levels", "tokens", tokens, 1, None)
     block_size = check_block_size("default_levels", block_size)
+    return levels_of(tokens, block_size)
+
+
+def levels_of(tokens: int, block_size: int) -> int:
+    """`default_levels` of checked sizes; it only compares `tokens`, so that a compiler may leave it open."""
     log = 0
     while block_size ** (log + 1) <= tokens:
         log += 1

@@ -105,6 +105,11 @@ class Selection:
             object.__setattr__(self, name, value)
 
     @property
+    def made_for(self) -> tuple[int, int, tuple[int, ...], Hierarchy, Hierarchy]:
+        """All but the arrays: batch, heads, topk, and the hierarchies of queries and keys."""
+        return self.batch, self.heads, self.topk, self.query_hierarchy, self.key_hierarchy
+
+    @property
     def block_size(self) -> int:
         return self.key_hierarchy.block_size
 

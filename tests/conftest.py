@@ -96,6 +96,9 @@ def pytest_runtest_call(item):
 
 def poison(array):
     """NaN everywhere, or indices that are out of range."""
+    if hasattr(array, "fill_"):  # a tensor, of torch's own dtypes
+        array.fill_(np.nan if array.is_floating_point() else 2**30)
+        return
     value = np.nan if array.dtype.kind in "fV" else 2**30  # ml_dtypes' bfloat16 is of kind V
     if hasattr(array, "fill") and array.dtype.name == "bfloat16":
         array.view(np.uint16).fill(0x7FC0)
@@ -116,6 +119,10 @@ def poisoned_outputs():
         from llsa_np.adapters.numba_arrays import NumbaAdapter
 
         adapters["numba"] = NumbaAdapter
+    if frameworks.HAS_TORCH:
+        from llsa_np.adapters.pytorch import TorchAdapter
+
+        adapters["torch"] = TorchAdapter
     if frameworks.HAS_CUPY:
         from llsa_np.adapters.cupy_arrays import CupyAdapter
 

@@ -69,10 +69,48 @@ class CuPy:
         return cupy.asnumpy(x)
 
 
+class Torch:
+    """PyTorch's tensors, with the memory order of the NumPy array; where a stride is negative, which torch does not
+    have, in plain order."""
+
+    name = "torch"
+    has_operations = True
+    device = "cpu"
+
+    @classmethod
+    def array(cls, x):
+        import torch
+
+        from llsa_np.adapters.pytorch import TORCH_TYPES
+
+        dtype = TORCH_TYPES.get(x.dtype.name)
+        if x.size == 0 or dtype is None:
+            return torch.from_numpy(x.copy()) if dtype is None else torch.empty(x.shape, dtype=dtype, device=cls.device)
+        if min(x.strides, default=0) < 0:
+            x = x.copy()
+        low, high = np.lib.array_utils.byte_bounds(x)
+        memory = np.frombuffer((ctypes.c_char * (high - low)).from_address(low), np.uint8).copy()
+        flat = torch.from_numpy(memory).to(cls.device).view(dtype)
+        return flat.as_strided(x.shape, [stride // x.dtype.itemsize for stride in x.strides])
+
+    @staticmethod
+    def to_numpy(x):
+        from llsa_np.adapters.pytorch import adapter
+
+        return adapter.to_numpy(x)
+
+
+class TorchOnTheGPU(Torch):
+    device = "cuda"
+
+
+HAS_TORCH = not SIMULATED and not EMULATED and importlib.util.find_spec("torch") is not None
 HAS_CUPY = not SIMULATED and not llsa.backends()["numba_cuda"] and importlib.util.find_spec("cupy") is not None
 OF_BACKEND = {
-    "numpy": [NumPy],
-    "cupy_raw": [NumPy] if EMULATED else [CuPy, Numba],
-    "numba_cuda": [Numba] if SIMULATED else [Numba, *([CuPy] if HAS_CUPY else [])],
+    "numpy": [NumPy, *([Torch] if HAS_TORCH else [])],
+    "cupy_raw": [NumPy] if EMULATED else [CuPy, Numba, *([TorchOnTheGPU] if HAS_TORCH else [])],
+    "numba_cuda": [Numba]
+    if SIMULATED
+    else [Numba, *([CuPy] if HAS_CUPY else []), *([TorchOnTheGPU] if HAS_TORCH else [])],
 }
 """The frameworks whose arrays each backend is called with."""

@@ -118,8 +118,9 @@ def test_large_values_do_not_overflow():
 
 def test_negative_zero_stays(framework):
     out, lse = np.full((1, 1, 2, 2), -0.0, np.float32), np.zeros((1, 1, 2), np.float32)
-    empty = (np.ones_like(out), np.full_like(lse, -np.inf))
-    for pairs in ([(out, lse)], [(out, lse), empty], [empty, (out, lse)], [empty, (out, lse), empty]):
+    ours = tuple(map(framework.array, (out, lse)))
+    empty = tuple(map(framework.array, (np.ones_like(out), np.full_like(lse, -np.inf))))
+    for pairs in ([ours], [ours, empty], [empty, ours], [empty, ours, empty]):
         merged = llsa.merge(*pairs)
         assert_same_bits(framework.to_numpy(merged[0]), out)
         assert_same_bits(framework.to_numpy(merged[1]), lse)

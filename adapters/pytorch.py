@@ -1,0 +1,753 @@
+"""PyTorch: tensors on the CPU and on CUDA devices, and the operators by which autograd, compile and vmap know LLSA.
+
+A call that records no gradient goes straight to the backend. Any other goes through the operators `llsa::attention`,
+`llsa::select`, `llsa::attend`, `llsa::attend_backward` and `llsa::pool`, whose implementation is the same plain
+function on tensors.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+
+from llsa_np import functions
+from llsa_np.adapters import View
+from llsa_np.backends import check_backend
+from llsa_np.checks import ORDER, check_queries_keys, check_selection
+from llsa_np.hierarchy import Hierarchy, hierarchy_of, levels_of
+from llsa_np.options import (
+    MAX_LEVELS,
+    as_tuple,
+    check_attend_options,
+    check_block_size,
+    check_flag,
+    check_layout,
+    check_levels,
+    check_needs,
+    check_topk,
+)
+from llsa_np.selection import Selection
+
+# --- tensors as the backends see them
+
+NUMPY_TYPES = {
+    torch.float16: np.dtype(np.float16),
+    torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+    torch.int32: np.dtype(np.int32),
+    torch.int64: np.dtype(np.int64),
+}
+TORCH_TYPES = {dtype.name: of_torch for of_torch, dtype in NUMPY_TYPES.items()}
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Types of tensors that hold numbers of their own; others stand for something else."""
+
+
+class DeviceArray:
+    """A CUDA tensor's memory as kernels need it: where it begins, shape, strides in bytes, element type."""
+
+    __slots__ = ("dtype", "owner", "ptr", "shape", "strides")
+
+    def __init__(
+        self, tensor: torch.Tensor, dtype: np.dtype[Any], shape: tuple[int, ...], strides: Sequence[int]
+    ) -> None:
+        self.owner, self.dtype, self.shape = tensor, dtype, shape
+        self.ptr = tensor.data_ptr()
+        self.strides = tuple([stride * dtype.itemsize for stride in strides])
+
+    @property
+    def data(self) -> DeviceArray:
+        """As CuPy's arrays have it: `.data.ptr` is where they begin."""
+        return self
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return int(np.prod(self.shape))
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "shape": self.shape,
+            "strides": self.strides,
+            "typestr": self.dtype.str,
+            "data": (self.ptr, False),
+            "version": 3,
+        }
+
+
+def host_array(tensor: torch.Tensor) -> NDArray[Any]:
+    """A CPU tensor's memory as a NumPy array; bfloat16, which torch does not give to NumPy, by way of int16."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    array: NDArray[Any] = tensor.numpy()
+    return array
+
+
+class OutOfMemoryError(MemoryError, torch.OutOfMemoryError):
+    """No memory for results or workspace, as those who know torch expect it and as those who do not."""
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    """ "cpu", "cuda:0", ..."""
+    return str(device)
+
+
+class TorchAdapter:
+    """Dense tensors on the CPU or a CUDA device, with any strides; new ones come from torch's allocator."""
+
+    name = "PyTorch"
+
+    def owns(self, array: Any) -> bool:
+        return (
+            isinstance(array, torch.Tensor)
+            and array.layout is torch.strided
+            and array.device.type in ("cpu", "cuda")
+            and not array.is_quantized
+            and not array.is_conj()
+            and not array.is_neg()
+        )
+
+    def view(self, array: torch.Tensor, layout: str = "bhnd") -> View:
+        shape, device, dtype = tuple(array.shape), array.device, NUMPY_TYPES.get(array.dtype)
+        if dtype is None:
+            return View(shape, str(array.dtype).removeprefix("torch."), device_name(device), array)
+        swapped = layout == "bnhd" and len(shape) == 4
+        data: Any
+        if device.type == "cpu":
+            data = host_array(array)
+            data = data.swapaxes(1, 2) if swapped else data
+        elif swapped:
+            b, n, h, d = shape
+            b_stride, n_stride, h_stride, d_stride = array.stride()
+            data = DeviceArray(array, dtype, (b, h, n, d), (b_stride, h_stride, n_stride, d_stride))
+        else:
+            data = DeviceArray(array, dtype, shape, array.stride())
+        return View(shape, dtype.name, device_name(device), data)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, like: View, layout: str = "bhnd") -> tuple[torch.Tensor, View]:
+        if layout == "bnhd":
+            shape = (shape[0], shape[2], shape[1], *shape[3:])
+        of_torch = TORCH_TYPES[like.dtype if dtype is None else dtype]
+        try:
+            array = torch.empty(shape, dtype=of_torch, device=like.device)
+        except RuntimeError as error:
+            # On a CPU torch has no type for it
+            told = ("allocat", "out of memory", "Storage size calculation overflowed")
+            if not any(words in str(error) for words in told):
+                raise
+            size = math.prod(shape) * of_torch.itemsize
+            raise OutOfMemoryError(f"{like.device} has no memory left for {size:,} bytes") from error
+        return array, self.view(array, layout)
+
+    def stream(self, like: View) -> int:
+        if like.device == "cpu":
+            return 0
+        address: int = torch.cuda.current_stream(torch.device(like.device)).cuda_stream
+        return address
+
+    def namespace(self, array: torch.Tensor) -> Any:
+        try:
+            import array_api_compat.torch as namespace
+        except ModuleNotFoundError as error:
+            raise RuntimeError(
+                "merge: tensors need array-api-compat, which is not installed (pip install 'llsa-np[torch]')"
+            ) from error
+        return namespace
+
+    def to_numpy(self, array: torch.Tensor) -> NDArray[Any]:
+        return host_array(array.detach().cpu())
+
+
+adapter = TorchAdapter()
+
+# --- operators: what a call is to PyTorch
+
+OF_SELECT = "int block_size, int? levels, int[] topk, bool per_level"
+OF_ATTEND = "int[]? enrich, bool reweight, float? scale, str layout, str backend, str precision"
+SCHEMAS = {
+    "attention": f"(Tensor q, Tensor k, Tensor v, {OF_SELECT}, {OF_ATTEND}) -> (Tensor, Tensor, Tensor[])",
+    "select": f"(Tensor q, Tensor k, {OF_SELECT}, str layout, str backend) -> Tensor[]",
+    "attend": f"(Tensor q, Tensor k, Tensor v, Tensor[] selected, int block_size, {OF_ATTEND}) -> (Tensor, Tensor)",
+    "attend_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] selected, "
+    f"Tensor? dlse, bool[] needs, int block_size, {OF_ATTEND}) -> (Tensor, Tensor, Tensor)",
+    "pool": "(Tensor x, int block_size, int levels, str layout, str backend) -> Tensor[]",
+}
+library = torch.library.Library("llsa", "DEF")
+for name, schema in SCHEMAS.items():
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+ops = torch.ops.llsa
+NEEDS = ("q", "k", "v")
+
+
+def implements(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a function the operator of this name, on both kinds of device."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        for key in ("CPU", "CUDA"):
+            library.impl(name, function, key)
+        return function
+
+    return register
+
+
+def attending(options: Sequence[Any]) -> dict[str, Any]:
+    """The options of OF_ATTEND by name."""
+    names = ("enrich", "reweight", "scale", "layout", "backend", "precision")
+    return dict(zip(names, options, strict=True))
+
+
+def plain_topk(topk: Sequence[int], per_level: bool) -> Any:
+    """As the public functions take it."""
+    return tuple(topk) if per_level else topk[0]
+
+
+def selection_of(selected: Sequence[Any], block_size: int, q: Any, k: Any, layout: str) -> Selection:
+    """The Selection of q and k that these tensors are."""
+    batch, heads, queries, _ = axes(q, layout)
+    # A compiler warns of the one that remembers
+    of = Hierarchy if torch.compiler.is_compiling() else hierarchy_of
+    hierarchies = [of(n, block_size, len(selected)) for n in (queries, axes(k, layout)[2])]
+    return Selection._made(tuple(selected), batch, heads, tuple(x.shape[3] for x in selected), *hierarchies)
+
+
+@implements("attention")
+def run_attention(
+    q: Any, k: Any, v: Any, block_size: int, levels: Any, topk: Any, per_level: bool, *options: Any
+) -> Any:
+    """out, lse and the selected tokens of every level."""
+    out, lse, selection = functions.attend_selected(
+        q, k, v, block_size=block_size, levels=levels, topk=plain_topk(topk, per_level), **attending(options)
+    )
+    return out, lse, list(selection)
+
+
+@implements("select")
+def run_select(
+    q: Any, k: Any, block_size: int, levels: Any, topk: Any, per_level: bool, layout: Any, backend: Any
+) -> list[torch.Tensor]:
+    """The selected tokens of every level."""
+    topk = plain_topk(topk, per_level)
+    return list(plain("select")(q, k, block_size=block_size, levels=levels, topk=topk, layout=layout, backend=backend))
+
+
+@implements("attend")
+def run_attend(q: Any, k: Any, v: Any, selected: Any, block_size: int, *options: Any) -> Any:
+    """out and lse."""
+    named = attending(options)
+    return plain("attend")(q, k, v, selection_of(selected, block_size, q, k, named["layout"]), **named)
+
+
+@implements("attend_backward")
+def run_attend_backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    selected: Any,
+    dlse: Any,
+    needs: Any,
+    block_size: int,
+    *options: Any,
+) -> Any:
+    """dq, dk and dv; a tensor without elements for one that is not needed."""
+    named = attending(options)
+    selection = selection_of(selected, block_size, q, k, named["layout"])
+    needed = tuple(name for name, is_needed in zip(NEEDS, needs) if is_needed)
+    gradients = plain("attend_backward")(dout, q, k, v, out, lse, selection, dlse=dlse, needs=needed, **named)
+    return tuple(q.new_empty(0) if x is None else x for x in gradients)
+
+
+@implements("pool")
+def run_pool(x: Any, block_size: int, levels: int, layout: Any, backend: Any) -> list[torch.Tensor]:
+    """Levels 1..levels."""
+    return list(plain("pool")(x, block_size=block_size, levels=levels, layout=layout, backend=backend))
+
+
+def plain(name: str) -> Callable[..., Any]:
+    """The public function of this name without what frameworks wrap around it."""
+    function: Callable[..., Any] = getattr(functions, name).plain
+    return function
+
+
+# --- the same on tensors without memory: shapes, dtypes and strides of the results, for compile and export
+
+
+def lengths(tokens: Any, block_size: int, levels: int) -> list[Any]:
+    """Of levels 1..levels."""
+    return [(tokens + block_size**level - 1) // block_size**level for level in range(1, levels + 1)]
+
+
+def axes(x: Any, layout: str) -> tuple[Any, Any, Any, Any]:
+    """Batch, heads, tokens, dim."""
+    if x.ndim != 4:
+        raise ValueError(f"llsa: got a tensor of shape {tuple(x.shape)}; it has four axes ({', '.join(ORDER[layout])})")
+    batch, one, other, dim = x.shape
+    return (batch, one, other, dim) if layout == "bhnd" else (batch, other, one, dim)
+
+
+def fake_selected(q: Any, k: Any, block_size: int, levels: Any, topk: Any, per_level: bool, layout: str) -> list[Any]:
+    """S_1 .. S_L."""
+    batch, heads, queries, _ = axes(q, layout)
+    levels = levels_of(axes(k, layout)[2], block_size) if levels is None else levels
+    kept = topk if per_level else list(topk) * levels
+    rows = lengths(queries, block_size, levels)
+    return [q.new_empty((batch, heads, n, kept_here), dtype=torch.int32) for n, kept_here in zip(rows, kept)]
+
+
+def fake_results(q: Any, v: Any, layout: str) -> tuple[Any, Any]:
+    """out and lse."""
+    batch, heads, queries, _ = axes(q, layout)
+    lse = q.new_empty((batch, heads, queries), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    shape = (batch, heads, queries, v.shape[3]) if layout == "bhnd" else (batch, queries, heads, v.shape[3])
+    return q.new_empty(shape), lse
+
+
+@torch.library.register_fake("llsa::attention", lib=library)
+def _(q: Any, k: Any, v: Any, block_size: Any, levels: Any, topk: Any, per_level: Any, *options: Any) -> Any:
+    layout = attending(options)["layout"]
+    return *fake_results(q, v, layout), fake_selected(q, k, block_size, levels, topk, per_level, layout)
+
+
+@torch.library.register_fake("llsa::select", lib=library)
+def _(q: Any, k: Any, block_size: Any, levels: Any, topk: Any, per_level: Any, layout: Any, backend: Any) -> Any:
+    return fake_selected(q, k, block_size, levels, topk, per_level, layout)
+
+
+@torch.library.register_fake("llsa::attend", lib=library)
+def _(q: Any, k: Any, v: Any, selected: Any, block_size: Any, *options: Any) -> Any:
+    return fake_results(q, v, attending(options)["layout"])
+
+
+@torch.library.register_fake("llsa::attend_backward", lib=library)
+def _(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, selected: Any, dlse: Any, needs: Any, *_: Any) -> Any:
+    return tuple(x.new_empty(x.shape if is_needed else (0,)) for x, is_needed in zip((q, k, v), needs))
+
+
+@torch.library.register_fake("llsa::pool", lib=library)
+def _(x: Any, block_size: Any, levels: Any, layout: Any, backend: Any) -> Any:
+    batch, heads, tokens, dim = axes(x, layout)
+    rows = lengths(tokens, block_size, levels)
+    return [x.new_empty((batch, heads, n, dim) if layout == "bhnd" else (batch, n, heads, dim)) for n in rows]
+
+
+# --- under vmap: the mapped axis joins the batch
+
+
+def batched(name: str) -> None:
+    """Lets vmap map an operator, whose tensors all have their batch first."""
+    op = getattr(ops, name)
+
+    def rule(info: Any, in_dims: Any, *arguments: Any) -> Any:
+        size = info.batch_size
+
+        def join(x: Any, dim: Any) -> Any:
+            if isinstance(x, (list, tuple)) and any(isinstance(y, torch.Tensor) for y in x):
+                return [join(y, of) for y, of in zip(x, dim)]
+            if not isinstance(x, torch.Tensor):
+                return x
+            x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            return x.flatten(0, 1)
+
+        joined = [join(x, dim) for x, dim in zip(arguments, in_dims)]
+        batch = next(x for x in joined if isinstance(x, torch.Tensor)).shape[0] // size if size else 0
+        results = op(*joined)
+
+        def part(x: Any) -> Any:
+            if isinstance(x, (list, tuple)):
+                return type(x)(map(part, x))
+            # A gradient that is not needed has no elements, and no batch
+            return x.expand(size, 0) if x.ndim == 1 else x.unflatten(0, (size, batch))
+
+        def zeros(x: Any) -> Any:
+            return type(x)(map(zeros, x)) if isinstance(x, (list, tuple)) else 0
+
+        parts = part(results)
+        return parts, zeros(parts)
+
+    torch.library.register_vmap(f"llsa::{name}", rule, lib=library)
+
+
+for name in SCHEMAS:
+    batched(name)
+
+# --- gradients
+
+
+def save_attention(ctx: Any, inputs: Any, output: Any) -> None:
+    """Keeps what the gradients of `attention` need."""
+    q, k, v, block_size, *_ = inputs
+    out, lse, selected = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, lse, *selected)
+    ctx.options = (block_size, *inputs[7:])
+
+
+def save_attend(ctx: Any, inputs: Any, output: Any) -> None:
+    """Keeps what the gradients of `attend` need."""
+    q, k, v, selected, *options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, *selected)
+    ctx.levels = len(selected)
+    ctx.options = tuple(options)
+
+
+def gradients(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, Any, Any]:
+    """dq, dk and dv, each if it is asked for."""
+    q, k, v, out, lse, *selected = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    if not any(needs) or (dout is None and dlse is None):
+        return None, None, None
+    dout = torch.zeros_like(out) if dout is None else dout
+    of = AttendBackward.apply(dout, q, k, v, out, lse, dlse, (needs, *ctx.options), *selected)
+    dq, dk, dv = (x if is_needed else None for x, is_needed in zip(of, needs))
+    return dq, dk, dv
+
+
+def pool_gradient(ctx: Any, dlevels: Any) -> Any:
+    """Every token receives of each level its ancestor's gradient divided by its count."""
+    block_size, _, layout, _ = ctx.options
+    axis = ORDER[layout].index("tokens")
+    total = None
+    for level, d in enumerate(dlevels, 1):
+        if d is None:
+            continue
+        stride = block_size**level
+        starts = torch.arange(d.shape[axis], device=d.device) * stride
+        counts = (ctx.tokens - starts).clamp(max=stride).reshape(-1, *[1] * (3 - axis))
+        part = (d.to(ctx.sums) / counts).repeat_interleave(min(stride, ctx.tokens), axis).narrow(axis, 0, ctx.tokens)
+        total = part if total is None else total + part
+    return None if total is None else total.to(ctx.dtype)
+
+
+def save_pool(ctx: Any, inputs: Any, output: Any) -> None:
+    """Keeps what the gradient of `pool` needs: sizes alone."""
+    x, *options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.options = tuple(options)
+    ctx.tokens, ctx.dtype = x.shape[ORDER[options[2]].index("tokens")], x.dtype
+    ctx.sums = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def no_second_gradient(ctx: Any, *_: Any) -> Any:
+    """What differentiating a gradient comes to."""
+    raise NotImplementedError(
+        "llsa: gradients of gradients are not implemented; attend_backward itself is not differentiable. "
+        "Detach what is differentiated a second time"
+    )
+
+
+def register_gradients() -> None:
+    """Tells autograd, for compile; eager calls have the functions below."""
+    register, lib = torch.library.register_autograd, {"lib": library}
+    register(
+        "llsa::attention",
+        lambda ctx, dout, dlse, _: (*gradients(ctx, dout, dlse), *[None] * 10),
+        setup_context=save_attention,
+        **lib,
+    )
+    register(
+        "llsa::attend",
+        lambda ctx, dout, dlse: (*gradients(ctx, dout, dlse), [None] * ctx.levels, *[None] * 7),
+        setup_context=save_attend,
+        **lib,
+    )
+    register("llsa::attend_backward", no_second_gradient, **lib)
+    register(
+        "llsa::pool", lambda ctx, dlevels: (pool_gradient(ctx, dlevels), *[None] * 4), setup_context=save_pool, **lib
+    )
+
+
+register_gradients()
+
+
+class Attention(torch.autograd.Function):
+    """`llsa::attention` for torch.func, whose transformations operators with gradients of their own do not follow."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q: Any, k: Any, v: Any, options: Any) -> Any:
+        out, lse, selected = ops.attention(q, k, v, *options)
+        return out, lse, *selected
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        q, k, v, options = inputs
+        out, lse, *selected = output
+        ctx.mark_non_differentiable(*selected)
+        save_attention(ctx, (q, k, v, *options), (out, lse, selected))
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any, dlse: Any, *_: Any) -> Any:
+        return *gradients(ctx, dout, dlse), None
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        return no_forward_mode()
+
+
+class Attend(torch.autograd.Function):
+    """`llsa::attend` for torch.func."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q: Any, k: Any, v: Any, options: Any, *selected: Any) -> Any:
+        return tuple(ops.attend(q, k, v, list(selected), *options))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        q, k, v, options, *selected = inputs
+        save_attend(ctx, (q, k, v, selected, *options), output)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any, dlse: Any) -> Any:
+        selected = len(ctx.needs_input_grad) - 4
+        return *gradients(ctx, dout, dlse), None, *[None] * selected
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        return no_forward_mode()
+
+
+class AttendBackward(torch.autograd.Function):
+    """`llsa::attend_backward` for torch.func, which records whatever a gradient does."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, options: Any, *selected: Any) -> Any:
+        needs, *others = options
+        return tuple(ops.attend_backward(dout, q, k, v, out, lse, list(selected), dlse, needs, *others))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return no_second_gradient(ctx)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        return no_forward_mode()
+
+
+class Pool(torch.autograd.Function):
+    """`llsa::pool` for torch.func."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Any, options: Any) -> Any:
+        return tuple(ops.pool(x, *options))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, options = inputs
+        save_pool(ctx, (x, *options), output)
+
+    @staticmethod
+    def backward(ctx: Any, *dlevels: Any) -> Any:
+        return pool_gradient(ctx, dlevels), None
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        return no_forward_mode()
+
+
+def no_forward_mode() -> Any:
+    """What jvp comes to."""
+    raise NotImplementedError(
+        "llsa: forward-mode gradients are not implemented; use reverse mode (backward, grad, vjp)"
+    )
+
+
+# --- the public functions on tensors
+
+
+def parameters(name: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names of the arrays that a public function takes, and its options with their defaults."""
+    of = inspect.signature(plain(name)).parameters.values()
+    arrays = tuple(p.name for p in of if p.kind is not p.KEYWORD_ONLY)
+    return arrays, {p.name: p.default for p in of if p.kind is p.KEYWORD_ONLY}
+
+
+PARAMETERS = {name: parameters(name) for name in SCHEMAS}
+
+
+def arguments(name: str, given: tuple[Any, ...], options: dict[str, Any]) -> tuple[list[Any], dict[str, Any]] | None:
+    """The arrays in order, and all options; None for a call whose arguments are not what the function takes."""
+    arrays, defaults = PARAMETERS[name]
+    by_name = dict(zip(arrays, given)) | options
+    if len(given) > len(arrays) or set(by_name) - set(arrays) - set(defaults) or set(arrays) - set(by_name):
+        return None
+    values = [by_name[of] for of in arrays]
+    if not all(is_tensors(x) for x in values):
+        return None
+    return values, {of: by_name.get(of, default) for of, default in defaults.items()}
+
+
+def is_tensors(x: Any) -> bool:
+    """Whether this is a tensor, or a Selection of tensors."""
+    return isinstance(x, torch.Tensor) or (isinstance(x, Selection) and isinstance(x[1], torch.Tensor))
+
+
+def goes_straight(*tensors: torch.Tensor) -> bool:
+    """Whether nothing but the numbers matters: no gradient is recorded, nothing is traced or mapped."""
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0:
+        return False
+    records = torch.is_grad_enabled()
+    for x in tensors:
+        if type(x) not in PLAIN or is_functorch_wrapped_tensor(x) or (records and x.requires_grad):
+            return False
+    return True
+
+
+def cast(*tensors: Any) -> list[Any]:
+    """The tensors in autocast's dtype, where it is on; float64 stays, as torch's own operators have it."""
+    kind = tensors[0].device.type
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
+
+
+def select_options(who: str, of: dict[str, Any]) -> list[Any]:
+    """The options of OF_SELECT."""
+    block_size = check_block_size(who, of["block_size"])
+    levels = None if of["levels"] is None else check_levels(who, of["levels"], block_size)
+    topk = as_tuple(of["topk"])
+    per_level = topk is not None
+    entries = levels or (1 if topk is None else len(topk))
+    checked = list(check_topk(who, of["topk"], entries))
+    return [block_size, levels, checked if per_level else checked[:1], per_level]
+
+
+def attend_options(who: str, of: dict[str, Any], levels: int | None, dim: int) -> list[Any]:
+    """The options of OF_ATTEND."""
+    options = check_attend_options(
+        who, of["enrich"], of["reweight"], of["scale"], of["precision"], levels=levels or MAX_LEVELS, dim=dim
+    )
+    enrich = None if of["enrich"] is None else [level for level in options.levels if level]
+    where = [check_layout(who, of["layout"]), check_backend(who, of["backend"])]
+    return [enrich, options.reweight, None if of["scale"] is None else options.scale, *where, options.precision]
+
+
+def attention(*arrays: Any, **options: Any) -> Any:
+    """`llsa_np.attention` on tensors."""
+    given = arguments("attention", arrays, options)
+    if given is None:
+        return plain("attention")(*arrays, **options)
+    (q, k, v), of = given
+    q, k, v = cast(q, k, v)
+    if goes_straight(q, k, v):
+        return plain("attention")(q, k, v, **of)
+    selecting = select_options("attention", of)
+    return_lse = check_flag("attention", "return_lse", of["return_lse"])
+    schema = (*selecting, *attend_options("attention", of, selecting[1], q.shape[-1]))
+    if torch.compiler.is_compiling():
+        out, lse, _ = ops.attention(q, k, v, *schema)
+    else:
+        out, lse, *_ = Attention.apply(q, k, v, schema)
+    return (out, lse) if return_lse else out
+
+
+def select(*arrays: Any, **options: Any) -> Selection:
+    """`llsa_np.select` on tensors. No gradient flows through it."""
+    given = arguments("select", arrays, options)
+    if given is None:
+        return plain("select")(*arrays, **options)
+    (q, k), of = given
+    q, k = (x.detach() for x in cast(q, k))
+    if goes_straight(q, k):
+        return plain("select")(q, k, **of)
+    selecting = select_options("select", of)
+    layout = check_layout("select", of["layout"])
+    selected = ops.select(q, k, *selecting, layout, check_backend("select", of["backend"]))
+    return selection_of(selected, selecting[0], q, k, layout)
+
+
+def attend(*arrays: Any, **options: Any) -> Any:
+    """`llsa_np.attend` on tensors."""
+    given = arguments("attend", arrays, options)
+    if given is None or not isinstance(given[0][3], Selection):
+        return plain("attend")(*arrays, **options)
+    (q, k, v, selection), of = given
+    q, k, v = cast(q, k, v)
+    if goes_straight(q, k, v, *selection):
+        return plain("attend")(q, k, v, selection, **of)
+    schema = (selection.block_size, *attend_options("attend", of, selection.levels, q.shape[-1]))
+    check_selection_of(q, k, v, selection, of)
+    if torch.compiler.is_compiling():
+        return ops.attend(q, k, v, list(selection), *schema)
+    return Attend.apply(q, k, v, schema, *selection)
+
+
+def attend_backward(*arrays: Any, **options: Any) -> Any:
+    """`llsa_np.attend_backward` on tensors."""
+    given = arguments("attend_backward", arrays, options)
+    if given is None or not isinstance(given[0][6], Selection):
+        return plain("attend_backward")(*arrays, **options)
+    (dout, q, k, v, out, lse, selection), of = given
+    dlse = [] if of["dlse"] is None else [of["dlse"]]
+    if goes_straight(dout, q, k, v, out, lse, *selection, *dlse):
+        return plain("attend_backward")(dout, q, k, v, out, lse, selection, **of)
+    needed = check_needs("attend_backward", of["needs"])
+    schema = (selection.block_size, *attend_options("attend_backward", of, selection.levels, q.shape[-1]))
+    check_selection_of(q, k, v, selection, of)
+    needs = [name in needed for name in NEEDS]
+    results = ops.attend_backward(dout, q, k, v, out, lse, list(selection), of["dlse"], needs, *schema)
+    return tuple(x if is_needed else None for x, is_needed in zip(results, needs))
+
+
+def pool(*arrays: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+    """`llsa_np.pool` on tensors."""
+    given = arguments("pool", arrays, options)
+    if given is None or goes_straight(*given[0]):
+        return plain("pool")(*arrays, **options)
+    (x,), of = given
+    block_size = check_block_size("pool", of["block_size"])
+    levels = check_levels("pool", of["levels"], block_size)
+    schema = (block_size, levels, check_layout("pool", of["layout"]), check_backend("pool", of["backend"]))
+    if torch.compiler.is_compiling():
+        return tuple(ops.pool(x, *schema))
+    return Pool.apply(x, schema)
+
+
+def check_selection_of(q: Any, k: Any, v: Any, selection: Selection, of: dict[str, Any]) -> None:
+    """That the Selection was made for these tensors, which its tensors alone do not tell."""
+    views = {name: View(tuple(x.shape), "", "", None) for name, x in (("q", q), ("k", k), ("v", v))}
+    check_selection("attend", selection, check_queries_keys("attend", views, of["layout"]))
+
+
+# --- a Selection in torch's trees of tensors: as an argument and a result under compile and checkpoint
+
+
+def _flatten(selection: Selection) -> tuple[list[Any], Any]:
+    return list(selection), selection.made_for
+
+
+def _unflatten(arrays: Any, made_for: Any) -> Selection:
+    return Selection._made(tuple(arrays), *made_for)
+
+
+pytree.register_pytree_node(Selection, _flatten, _unflatten, serialized_type_name="llsa_np.Selection")

@@ -1,0 +1,42 @@
+"""Frameworks that differentiate: which of them wraps a call, so that it becomes one of its own operations."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _pytorch() -> Any:
+    from llsa_np.adapters import pytorch
+
+    return pytorch
+
+
+WRAPPERS = {"torch": ("Tensor", _pytorch)}
+"""Top module of a framework -> its type of arrays, and the module whose functions, of the same names as the public
+ones, take calls with such arrays."""
+
+
+def wrapped_by_frameworks(function: Function) -> Function:
+    """The function, whose calls with arrays of a framework that differentiates go through that framework's wrapper;
+    `.plain` is the function without."""
+
+    name = function.__name__
+
+    # A compiler may read through this: no import by name, no table of imported modules.
+    @wraps(function)
+    def call(*arrays: Any, **options: Any) -> Any:
+        for package, (kind, wrapper) in WRAPPERS.items():
+            framework = sys.modules.get(package)
+            if framework is not None:
+                arrays_type = getattr(framework, kind)
+                if any(isinstance(x, arrays_type) for x in (*arrays, *options.values())):
+                    return getattr(wrapper(), name)(*arrays, **options)
+        return function(*arrays, **options)
+
+    call.plain = function  # type: ignore[attr-defined]
+    return call  # type: ignore[return-value]

@@ -1,0 +1,460 @@
+"""PyTorch: what makes a call one of its own operations. The numbers themselves the rest of the suite checks."""
+
+import shutil
+
+import numpy as np
+import pytest
+from calls import assert_same_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import EMULATED, SIMULATED
+
+import llsa_np as llsa
+
+if SIMULATED or EMULATED:
+    pytest.skip("PyTorch is tested without a simulator", allow_module_level=True)
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from llsa_np.adapters import pytorch
+
+OPTIONS = {"block_size": 4, "topk": 2}
+COMPILERS = ["eager", "aot_eager", *(["inductor"] if shutil.which("g++") else [])]
+"""Inductor on a CPU needs g++."""
+
+
+def tensors(n=37, dtype=torch.float64, batch=2, heads=2, kv_heads=2, dim=8, value_dim=6, grad=True, seed=0):
+    """q, k and v."""
+    of = torch.Generator().manual_seed(seed)
+    shapes = ((heads, dim), (kv_heads, dim), (kv_heads, value_dim))
+    made = [torch.randn(batch, h, n, d, dtype=dtype, generator=of) for h, d in shapes]
+    return [x.requires_grad_(grad) for x in made]
+
+
+def attention(q, k, v):
+    return llsa.attention(q, k, v, **OPTIONS)
+
+
+def gradients(function, *arrays):
+    """Of the sum of squares of what the function returns."""
+    return torch.autograd.grad(function(*arrays).square().sum(), arrays)
+
+
+def assert_equal(xs, ys):
+    for x, y in zip(xs, ys, strict=True):
+        assert torch.equal(x, y)
+
+
+# --- the same numbers as NumPy's, gradients included
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.sampled_from([(2, 1), (2, 2), (3, 1)]),
+    st.sampled_from(["bhnd", "bnhd"]),
+    st.sets(st.sampled_from("qkv"), min_size=1),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_gradients_are_those_of_attend_backward(queries, keys, heads, layout, asked, with_lse, dtype):
+    (q, _, _), (_, k, v) = (
+        tensors(n, dtype, heads=heads[0], kv_heads=heads[1], grad=False, seed=n) for n in (queries, keys)
+    )
+    if layout == "bnhd":
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    for name, x in zip("qkv", (q, k, v)):
+        x.requires_grad_(name in asked)
+    options = {**OPTIONS, "layout": layout}
+    out, lse = llsa.attention(q, k, v, return_lse=True, **options)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    given_back = (dout, dlse) if with_lse else (dout,)
+    results = (out, lse) if with_lse else (out,)
+    wanted = [x for name, x in zip("qkv", (q, k, v)) if name in asked]
+    got = dict(zip(sorted(asked, key="qkv".index), torch.autograd.grad(results, wanted, given_back)))
+
+    host = [pytorch.adapter.to_numpy(x) for x in (q, k, v, dout, out, lse, dlse)]
+    selection = llsa.select(host[0], host[1], **options)
+    arrays = (host[3], *host[:3], *host[4:6], selection)
+    expected = llsa.attend_backward(*arrays, dlse=host[6] if with_lse else None, layout=layout, needs=tuple(asked))
+    for name, x in zip("qkv", expected):
+        if name in asked:
+            assert_same_bits(pytorch.adapter.to_numpy(got[name]), x)
+
+
+def test_gradcheck():
+    arrays = tensors(n=11, dim=3, value_dim=2, heads=2, kv_heads=1)
+    selection = llsa.select(*arrays[:2], **OPTIONS)
+    assert torch.autograd.gradcheck(lambda q, k, v: llsa.attend(q, k, v, selection), arrays)
+    assert torch.autograd.gradcheck(lambda q, k, v: llsa.attend(q, k, v, selection, enrich=(), scale=0.3), arrays)
+    assert torch.autograd.gradcheck(lambda x: llsa.pool(x, block_size=3, levels=3), arrays[:1])
+    assert torch.autograd.gradcheck(lambda x: llsa.pool(x, levels=2, block_size=2, layout="bnhd"), arrays[:1])
+
+
+def test_gradcheck_of_attention():
+    """Small steps do not change a selection whose scores lie apart."""
+    assert torch.autograd.gradcheck(
+        lambda *x: llsa.attention(*x, return_lse=True, **OPTIONS), tensors(n=9, dim=3, value_dim=2), eps=1e-7, atol=1e-4
+    )
+
+
+class Needs(TorchDispatchMode):
+    """Which gradients were computed, call by call."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.llsa.attend_backward.default:
+            self.seen.append(args[8])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, True), (True, True, True)])
+def test_only_what_is_asked_for_is_computed(needs):
+    arrays = [x.detach().requires_grad_(is_needed) for x, is_needed in zip(tensors(), needs)]
+    with Needs() as mode:
+        out, lse = llsa.attention(*arrays, return_lse=True, **OPTIONS)
+        (out.sum() + lse.sum()).backward()
+    assert mode.seen == [list(needs)]
+    assert [x.grad is not None for x in arrays] == list(needs)
+
+
+def test_no_gradient_where_none_is_asked_for():
+    q, k, v = tensors()
+    with torch.no_grad():
+        assert not attention(q, k, v).requires_grad
+    assert not attention(q.detach(), k.detach(), v.detach()).requires_grad
+    assert not any(level.requires_grad for level in llsa.select(q, k, **OPTIONS))
+
+
+def test_lse_alone_gives_v_no_gradient():
+    q, k, v = tensors()
+    _, lse = llsa.attention(q, k, v, return_lse=True, **OPTIONS)
+    dq, dk, dv = torch.autograd.grad(lse.sum(), (q, k, v))
+    assert dq.abs().max() > 0
+    assert dk.abs().max() > 0
+    assert dv.abs().max() == 0
+
+
+# --- zero-copy
+
+
+def test_views_are_the_tensors_memory():
+    packed = torch.randn(2, 37, 3, 2, 8)
+    q, k, v = packed.unbind(2)  # bnhd, with the strides of the packed array and offsets into it
+    for x in (q, k, v, k.transpose(1, 2), v[:, 3:], q[:1].expand(5, -1, -1, -1), q.bfloat16()):
+        seen = pytorch.adapter.view(x).array
+        assert seen.__array_interface__["data"][0] == x.data_ptr()
+        assert seen.shape == tuple(x.shape)
+        assert seen.strides == tuple(stride * x.element_size() for stride in x.stride())
+    whole = [x.contiguous() for x in (q, k, v)]
+    assert_equal(
+        [llsa.attention(q, k, v, layout="bnhd", **OPTIONS)], [llsa.attention(*whole, layout="bnhd", **OPTIONS)]
+    )
+
+
+def test_results_are_laid_out_plainly():
+    q, k, v = (x.transpose(1, 2) for x in tensors())
+    for recorded in (True, False):
+        with torch.set_grad_enabled(recorded):
+            out, lse = llsa.attention(q, k, v, layout="bnhd", return_lse=True, **OPTIONS)
+        assert out.is_contiguous()
+        assert lse.is_contiguous()
+        assert type(out) is torch.Tensor
+
+
+def test_an_expanded_gradient():
+    q, k, v = tensors()
+    whole = torch.autograd.grad(attention(q, k, v), (q, k, v), torch.ones(2, 2, 37, 6, dtype=q.dtype))
+    one = torch.ones((), dtype=q.dtype).expand(2, 2, 37, 6)
+    assert_equal(torch.autograd.grad(attention(q, k, v), (q, k, v), one), whole)
+
+
+# --- operators
+
+
+def operators():
+    """A call of every operator, with transposed and expanded inputs, several batch entries and a ragged tail."""
+    plain = tensors(n=21, heads=4, grad=False)
+    transposed = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in plain]
+    expanded = [x[:1].expand(2, -1, -1, -1) for x in plain]
+    attending = ([1], True, 0.5, "bhnd", "auto", "full")
+    for arrays in (plain, transposed, expanded):
+        q, k, v = (x.detach().requires_grad_() for x in arrays)
+        yield "attention", (q, k, v, 4, 2, [2], False, *attending)
+        yield "attention", (q, k, v, 4, None, [2], False, None, False, None, "bhnd", "auto", "full")
+        yield "select", (q.detach(), k.detach(), 4, 2, [3, 2], True, "bhnd", "auto")
+        selected = torch.ops.llsa.select(q.detach(), k.detach(), 4, 2, [2], False, "bhnd", "auto")
+        yield "attend", (q, k, v, selected, 4, *attending)
+        q, k, v = (x.detach() for x in (q, k, v))
+        out, lse = torch.ops.llsa.attend(q, k, v, selected, 4, *attending)
+        for needs in ([True, True, True], [False, True, False]):
+            yield "attend_backward", (out, q, k, v, out, lse, selected, lse, needs, 4, *attending)
+        yield "pool", (q.clone().requires_grad_(), 4, 2, "bnhd", "auto")
+
+
+@pytest.mark.parametrize(("name", "arguments"), list(operators()), ids=lambda x: x if isinstance(x, str) else "")
+def test_opcheck(name, arguments):
+    torch.library.opcheck(getattr(torch.ops.llsa, name).default, arguments)
+
+
+# --- compile
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own use of it
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_with_any_number_of_tokens(compiler):
+    """No graph break, forward or backward, and no recompilation past the second length while L stays the same."""
+    compiled = torch.compile(attention, fullgraph=True, backend=compiler)
+    for n in (70, 75, 91, 111, 200):  # L = 2
+        arrays = tensors(n)
+        assert_equal(gradients(compiled, *arrays), gradients(attention, *arrays))
+        with torch.no_grad():
+            assert torch.equal(compiled(*arrays), attention(*arrays))
+    # one for each of: gradients recorded or not, the first length and any other
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_selection_through_compile():
+    """Made inside, handed out, and handed in."""
+
+    def both(q, k, v):
+        selection = llsa.select(q, k, **OPTIONS)
+        return llsa.attend(q, k, v, selection)[0], selection
+
+    q, k, v = tensors()
+    out, selection = torch.compile(both, fullgraph=True, backend="aot_eager")(q, k, v)
+    expected, plain = both(q, k, v)
+    assert torch.equal(out, expected)
+    assert_equal(selection, plain)
+    assert selection.made_for == plain.made_for
+
+    def given(q, k, v, selection):
+        return llsa.attend(q, k, v, selection)[0]
+
+    compiled = torch.compile(given, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v, plain), expected)
+    assert_equal(gradients(lambda *x: compiled(*x, plain), q, k, v), gradients(lambda *x: given(*x, plain), q, k, v))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_of_the_others():
+    def others(x, k):
+        return llsa.pool(x, block_size=4, levels=2), llsa.select(x, k, **OPTIONS)[1]
+
+    q, k, _ = tensors()
+    (levels, rows), (expected, expected_rows) = (
+        f(q, k) for f in (torch.compile(others, fullgraph=True, backend="aot_eager"), others)
+    )
+    assert_equal((*levels, rows), (*expected, expected_rows))
+
+
+# --- autocast, checkpoint, torch.func
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    arrays = tensors(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        out = attention(*arrays)
+        assert attention(*tensors()).dtype == torch.float64, "as torch's own operators have it"
+    expected = attention(*(x.to(dtype) for x in arrays))
+    assert out.dtype == dtype
+    assert torch.equal(out, expected)
+    out.float().sum().backward()
+    assert all(x.grad.dtype == torch.float32 for x in arrays)
+
+
+def test_checkpoint():
+    arrays = tensors()
+    selection = llsa.select(*arrays[:2], **OPTIONS)
+
+    def given(q, k, v):
+        return llsa.attend(q, k, v, selection)[0]
+
+    for function in (attention, given):
+        kept = gradients(lambda *x, f=function: checkpoint(f, *x, use_reentrant=False), *arrays)
+        assert_equal(kept, gradients(function, *arrays))
+
+
+def many(n=3, **options):
+    """q, k and v with one more axis in front."""
+    return [torch.stack(x) for x in zip(*(tensors(grad=False, seed=seed, **options) for seed in range(n)))]
+
+
+def test_vmap_over_an_added_axis():
+    q, k, v = many()
+    one_by_one = torch.stack([attention(*x) for x in zip(q, k, v)])
+    assert torch.equal(torch.func.vmap(attention)(q, k, v), one_by_one)
+    shared = torch.func.vmap(attention, in_dims=(1, None, None), out_dims=1)(q.movedim(0, 1), k[0], v[0])
+    assert torch.equal(shared, torch.stack([attention(x, k[0], v[0]) for x in q], dim=1))
+    levels = torch.func.vmap(lambda x: llsa.pool(x, block_size=4, levels=2))(q)
+    assert_equal(levels, [torch.stack(x) for x in zip(*(llsa.pool(x, block_size=4, levels=2) for x in q))])
+
+    def selected(q, k, v):
+        selection = llsa.select(q, k, **OPTIONS)
+        return llsa.attend(q, k, v, selection)[0]
+
+    assert torch.equal(torch.func.vmap(selected)(q, k, v), one_by_one)
+
+
+def test_grad_and_vmap_of_grad():
+    def loss(*arrays):
+        return attention(*arrays).square().sum()
+
+    of_all = torch.func.grad(loss, argnums=(0, 1, 2))
+    arrays = tensors()
+    assert_equal(of_all(*(x.detach() for x in arrays)), gradients(attention, *arrays))
+    stacked = many()
+    assert_equal(torch.func.vmap(of_all)(*stacked), [torch.stack(x) for x in zip(*(of_all(*x) for x in zip(*stacked)))])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own use of it
+def test_forward_mode_is_an_error():
+    """Not zeros."""
+    arrays = [x.detach() for x in tensors()]
+    selection = llsa.select(*arrays[:2], **OPTIONS)
+    calls = (attention, lambda *x: llsa.attend(*x, selection)[0], lambda q, k, v: llsa.pool(q, block_size=4)[0])
+    for call in calls:
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(call, tuple(arrays), tuple(arrays))
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+            call(forward_ad.make_dual(arrays[0], arrays[0]), *arrays[1:])
+
+
+def test_a_second_gradient_is_an_error():
+    q, k, v = tensors()
+    (dq,) = torch.autograd.grad(attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="gradients of gradients"):
+        dq.sum().backward()
+    out, lse = llsa.attention(q, k, v, return_lse=True, **OPTIONS)
+    dq, _, _ = llsa.attend_backward(out, q, k, v, out, lse, llsa.select(q, k, **OPTIONS))
+    with pytest.raises(NotImplementedError, match="gradients of gradients"):
+        dq.sum().backward()
+
+
+# --- merge and coverage
+
+
+def test_merge_of_halves_and_its_gradient():
+    q, k, v = tensors(n=24)
+    whole = llsa.attention(q, k, v, block_size=2, levels=1, topk=12, enrich=(), return_lse=True)
+
+    def halves(q, k, v):
+        parts = [slice(0, 10), slice(10, 24)]
+        return llsa.merge(
+            *(
+                llsa.attention(q, k[:, :, p], v[:, :, p], block_size=2, levels=1, topk=12, enrich=(), return_lse=True)
+                for p in parts
+            )
+        )
+
+    out, lse = halves(q, k, v)
+    torch.testing.assert_close(out, whole[0])
+    torch.testing.assert_close(lse, whole[1])
+    expected = torch.autograd.grad(whole[0].square().sum() + whole[1].sum(), (q, k, v))
+    got = torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v))
+    torch.testing.assert_close(got, expected)
+
+
+def test_merge_with_empty_rows_has_finite_gradients():
+    out = torch.full((1, 1, 2, 3), torch.nan, dtype=torch.float64, requires_grad=True)
+    lse = torch.full((1, 1, 2), -torch.inf, dtype=torch.float64, requires_grad=True)
+    full = [torch.randn(1, 1, 2, 3, dtype=torch.float64, requires_grad=True), torch.zeros(1, 1, 2, dtype=torch.float64)]
+    merged, _ = llsa.merge((out, lse), tuple(full))
+    assert torch.equal(merged, full[0])
+    for gradient in torch.autograd.grad(merged.sum(), (out, lse, full[0])):
+        assert torch.isfinite(gradient).all()
+
+
+def test_coverage_takes_tensors():
+    q, k, v = tensors()
+    mass, error = llsa.coverage(q, k, llsa.select(q, k, **OPTIONS), v)
+    q, k, v = (pytorch.adapter.to_numpy(x) for x in (q, k, v))
+    expected_mass, expected_error = llsa.coverage(q, k, llsa.select(q, k, **OPTIONS), v)
+    assert_same_bits(mass, expected_mass)
+    assert_same_bits(error, expected_error)
+
+
+# --- bad input
+
+
+def test_bad_input_says_the_same_with_gradients_and_without():
+    q, k, v = tensors()
+    calls = [
+        lambda *x: llsa.attention(*x, block_size=1),
+        lambda *x: llsa.attention(*x, topk=(2, 2, 2), levels=2),
+        lambda *x: llsa.attention(*x, enrich=(7,), levels=2, block_size=4),
+        lambda *x: llsa.attention(*x, scale=-1),
+        lambda *x: llsa.attention(*x, layout="nbhd"),
+        lambda *x: llsa.attention(*x, backend="cuda"),
+        lambda *x: llsa.attention(*x, precision="fp8"),
+        lambda *x: llsa.attention(*x, return_lse=None),
+        lambda *x: llsa.attention(x[0], x[1][:1], x[2]),
+        lambda *x: llsa.attention(x[0], x[1].float(), x[2]),
+        lambda *x: llsa.attention(x[0][0], x[1], x[2]),
+        lambda *x: llsa.attend(*x, llsa.select(x[0], x[1][:, :, :30], **OPTIONS)),
+        lambda *x: llsa.attention(x[0], x[1].detach().numpy(), x[2]),
+        lambda *x: llsa.attention(*x, blocksize=4),
+        lambda *x: llsa.attention(*x[:2]),
+        lambda *x: llsa.pool(x[0], levels=0),
+    ]
+    for call in calls:
+        told = []
+        for arrays in ((q, k, v), tuple(x.detach() for x in (q, k, v))):
+            with pytest.raises((ValueError, TypeError)) as caught:
+                call(*arrays)
+            told.append((caught.type, str(caught.value)))
+        assert told[0] == told[1]
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (torch.zeros(1, 1, 4, 4).to_sparse(), "torch.Tensor"),
+        (torch.zeros(1, 1, 4, 4, device="meta"), "torch.Tensor"),
+        (torch.zeros(1, 1, 4, 4, dtype=torch.int64), "dtype int64"),
+        (torch.zeros(1, 1, 4, 4, dtype=torch.complex64), "dtype complex64"),
+    ],
+    ids=["sparse", "meta", "int64", "complex64"],
+)
+def test_tensors_that_are_not_served(array, words):
+    with pytest.raises(TypeError, match=words):
+        llsa.attention(array, array, array)
+
+
+def test_a_host_tensor_and_a_gpu_backend():
+    able = [name for name, reasons in llsa.backends().items() if name != "numpy" and not reasons]
+    for name in able:
+        with pytest.raises(ValueError, match="cpu"):
+            llsa.attention(*tensors(grad=False), backend=name)
+    for name in set(llsa.backends()) - {"numpy", *able}:
+        with pytest.raises(RuntimeError, match="cannot run here"):
+            llsa.attention(*tensors(), backend=name)
+
+
+def test_a_subclass_and_a_parameter():
+    class Own(torch.Tensor):
+        pass
+
+    q, k, v = tensors(grad=False)
+    expected = attention(q, k, v)
+    assert torch.equal(attention(q.as_subclass(Own), k, v).as_subclass(torch.Tensor), expected)
+    assert torch.equal(attention(torch.nn.Parameter(q), k, v), expected)
+    assert np.array_equal(attention(q.numpy(), k.numpy(), v.numpy()), expected.numpy())
