@@ -739,6 +739,96 @@ def check_selection_of(q: Any, k: Any, v: Any, selection: Selection, of: dict[st
     check_selection("attend", selection, check_queries_keys("attend", views, of["layout"]))
 
 
+# --- for models
+
+
+class LLSASelfAttention(torch.nn.Module):
+    """Self-attention of a transformer block: project, normalise q and k, attend log-linearly, project back.
+
+    out = W_o attention(norm(W_q x), norm(W_k x), W_v x) + b_o, norm the root-mean-square over each head's dims, with a
+    weight, as in arXiv 2512.16615.
+
+    dim: of the tokens. heads: a divisor of dim. kv_heads: a divisor of heads, None for as many. block_size, topk,
+    levels, enrich, reweight, scale, backend, precision: as in `llsa_np.attention`. qk_norm: whether q and k are
+    normalised. bias: of the projections.
+    forward: x (batch, tokens, dim) -> (batch, tokens, dim), in x's dtype. For images, order the tokens by
+    `llsa_np.zorder` first. Raises ValueError for sizes that do not divide, and as `llsa_np.attention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int | None = None,
+        *,
+        qk_norm: bool = True,
+        bias: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        for name, whole, part in (("dim", dim, heads), ("heads", heads, kv_heads)):
+            if part < 1 or whole % part:
+                raise ValueError(f"LLSASelfAttention: {name} is {whole}, which {part} does not divide")
+        unknown = set(options) - set(PARAMETERS["attention"][1]) | set(options) & {"layout", "return_lse"}
+        if unknown:
+            raise TypeError(f"LLSASelfAttention: got {', '.join(sorted(unknown))}; options are those of attention")
+        self.heads, self.kv_heads, self.head_dim, self.options = heads, kv_heads, dim // heads, options
+        self.qkv = torch.nn.Linear(dim, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
+        self.q_norm, self.k_norm = (
+            torch.nn.RMSNorm(self.head_dim) if qk_norm else torch.nn.Identity() for _ in range(2)
+        )
+        self.out = torch.nn.Linear(dim, dim, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens, dim) -> the same."""
+        heads = (self.heads, self.kv_heads, self.kv_heads)
+        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(heads, dim=-2)  # views, which need no copy
+        q, k = self.q_norm(q), self.k_norm(k)
+        return self.out(attention(q, k, v, layout="bnhd", **self.options).flatten(-2))
+
+    def extra_repr(self) -> str:
+        """What `print` shows of it."""
+        options = "".join(f", {name}={value}" for name, value in self.options.items())
+        return f"heads={self.heads}, kv_heads={self.kv_heads}{options}"
+
+
+def sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    **options: Any,
+) -> torch.Tensor:
+    """`llsa_np.attention` with the call shape of `torch.nn.functional.scaled_dot_product_attention`.
+
+    query: (batch, heads, M, D). key: (batch, kv_heads, N, D). value: (batch, kv_heads, N, Dv); kv_heads may differ from
+    heads with enable_gqa. options: of `llsa_np.attention`. Returns (batch, heads, M, Dv).
+    Raises NotImplementedError for a mask, dropout or causal attention, and otherwise as `llsa_np.attention`.
+    """
+    for given, words in (
+        (
+            attn_mask is not None,
+            "attn_mask: a query attends to whole blocks that it selects by their means, so that a mask "
+            "of single keys cannot be kept; drop keys before the call, or use dense attention",
+        ),
+        (dropout_p != 0, "dropout_p: weights are never held, so that none can be dropped; drop outputs instead"),
+        (is_causal, "is_causal: means of blocks hold keys that lie in a query's future; use dense attention"),
+    ):
+        if given:
+            raise NotImplementedError(f"sdpa: cannot honour {words}")
+    if not enable_gqa and query.ndim == key.ndim == 4 and query.shape[1] != key.shape[1]:
+        raise ValueError(
+            f"sdpa: query has {query.shape[1]} heads and key {key.shape[1]}; allowed only with enable_gqa=True"
+        )
+    result: torch.Tensor = attention(query, key, value, scale=scale, **options)
+    return result
+
+
 # --- a Selection in torch's trees of tensors: as an argument and a result under compile and checkpoint
 
 

@@ -41,6 +41,7 @@ COVER = [
     (Tile("float16", 96), True, "sm_120"),
     (Tile("bfloat16", 128), True, "sm_80"),
     (Tile("bfloat16", 256), False, "sm_100"),
+    (Tile("float32", 32), True, "sm_120"),
     (Tile("float32", 64), True, "sm_80"),
     (Tile("float32", 128), False, "sm_90a"),
     (Tile("float32", 256), True, "sm_120"),
@@ -87,6 +88,13 @@ def measured(kernel, arch):
         name: (int(registers), int(spilled), int(static[name].group(1)) if static[name] else 0)
         for name, spilled, registers, _ in found
     }
+
+
+@pytest.mark.parametrize("tile", all_tiles(), ids=str)
+def test_every_card_has_the_shared_memory(tile):
+    """What a launch asks for; what the kernels declare themselves is known once they are compiled."""
+    for kernel in kernels_of(tile, True):
+        assert kernel.shared_bytes <= PORTABLE_SHARED, kernel
 
 
 @on_compiler
@@ -712,6 +720,19 @@ def test_lists_that_are_cut_into_pieces(block_size, group, monkeypatch):
     again = run(case, "cupy_raw", NumPy, selection=first.selection)
     for name in first.arrays:
         assert_same_bits(first[name], again[name])
+
+
+@emulated
+def test_pieces_of_the_coarsest_level_do_not_depend_on_the_batch(monkeypatch):
+    """Nor on the number of heads: a batch entry has the same bits alone."""
+    case = Case(dtype="float32", query_tokens=600, key_tokens=90, levels=1, topk=1, batch=2, kv_heads=2, group=1)
+    case = case.but(block_size=8, dim=16, value_dim=16)
+    assert attend_backward.dense_pieces(600, 1, 12)[0] > 1
+    arrays = case.arrays()
+    both = run(case, "cupy_raw", NumPy, arrays)
+    alone = run(case.but(batch=1), "cupy_raw", NumPy, tuple(x[1:] for x in arrays))
+    for name in both.arrays:
+        assert_same_bits(both[name][1:], alone[name])
 
 
 @emulated

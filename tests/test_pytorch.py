@@ -458,3 +458,64 @@ def test_a_subclass_and_a_parameter():
     assert torch.equal(attention(q.as_subclass(Own), k, v).as_subclass(torch.Tensor), expected)
     assert torch.equal(attention(torch.nn.Parameter(q), k, v), expected)
     assert np.array_equal(attention(q.numpy(), k.numpy(), v.numpy()), expected.numpy())
+
+
+# --- for models
+
+
+@pytest.mark.parametrize(("kv_heads", "qk_norm"), [(None, True), (2, False), (1, True)])
+def test_self_attention(kv_heads, qk_norm):
+    module = pytorch.LLSASelfAttention(32, 4, kv_heads, qk_norm=qk_norm, **OPTIONS).double()
+    x = torch.randn(2, 37, 32, dtype=torch.float64, requires_grad=True)
+    out = module(x)
+    assert out.shape == x.shape
+    out.square().sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in (x, *module.parameters()))
+    assert "block_size=4" in repr(module)
+
+    heads = (4, kv_heads or 4, kv_heads or 4)
+    q, k, v = module.qkv(x).unflatten(-1, (-1, 8)).split(heads, dim=-2)
+    if qk_norm:
+        q, k = (y * (y.square().mean(-1, keepdim=True) + torch.finfo(y.dtype).eps).rsqrt() for y in (q, k))
+    plain = module.out(llsa.attention(q, k, v, layout="bnhd", **OPTIONS).flatten(2))
+    torch.testing.assert_close(out, plain)
+    again = pytorch.LLSASelfAttention(32, 4, kv_heads, qk_norm=qk_norm, **OPTIONS).double()
+    again.load_state_dict(module.state_dict())
+    assert torch.equal(again(x), out)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_self_attention_compiled_and_cast():
+    module = pytorch.LLSASelfAttention(32, 4, **OPTIONS)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for n in (40, 50, 61):
+        x = torch.randn(2, n, 32)
+        torch.testing.assert_close(compiled(x), module(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module(x).dtype == torch.bfloat16
+
+
+def test_self_attention_refuses():
+    for arguments in ((30, 4), (32, 4, 3), (32, 0)):
+        with pytest.raises(ValueError, match="does not divide"):
+            pytorch.LLSASelfAttention(*arguments)
+    for option in ("layout", "blocksize"):
+        with pytest.raises(TypeError, match=option):
+            pytorch.LLSASelfAttention(32, 4, **{option: "bnhd"})
+
+
+def test_sdpa_keeping_everything_is_torchs():
+    q, k, v = tensors(n=24, heads=4)
+    everything = {"block_size": 2, "levels": 1, "topk": 12, "enrich": ()}
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True, scale=0.3)
+    torch.testing.assert_close(pytorch.sdpa(q, k, v, enable_gqa=True, scale=0.3, **everything), expected)
+    assert torch.equal(pytorch.sdpa(q, k, v, enable_gqa=True, **OPTIONS), attention(q, k, v))
+
+
+def test_sdpa_refuses_what_it_cannot_honour():
+    q, k, v = tensors(n=8)
+    for name, value in (("attn_mask", torch.ones(8, 8, dtype=torch.bool)), ("dropout_p", 0.1), ("is_causal", True)):
+        with pytest.raises(NotImplementedError, match=f"sdpa: cannot honour {name}"):
+            pytorch.sdpa(q, k, v, **{name: value})
+    with pytest.raises(ValueError, match="enable_gqa"):
+        pytorch.sdpa(q, k[:, :1], v[:, :1])

@@ -68,8 +68,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
     u32 i_list;
     const Queries q =
         queries_of_block(a.queries, a.heads, a.kv_heads, a.dims, a.value_dims, a.block_bits, a.levels, i_list);
-    Element* ring = ring_of(i_warp);
-    Element* own_rows = ROWS_IN_REGISTERS ? ring : kept_rows(i_warp, 1);   // [16, PITCH], of queries, then of results
+    Element* fine = fine_tile(i_warp);
+    Element* own_rows = ROWS_IN_REGISTERS ? fine : kept_rows(i_warp, 1);   // [16, PITCH], of queries, then of results
 
     stage<16, WARP>(own_rows, head_of<const Element>(a.q, q.i_batch, q.i_head), a.q, a.dims, lane,
                     [&](int row) { return row < q.own ? q.own_first + row : -1; });
@@ -87,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __gri
     so_far.sum[0] = so_far.sum[1] = 0;
 
     constexpr int N = FINE_KEYS / 8;
-    walk<FINE_KEYS>(q, a.level, coarse_tiles(), ring, [&](const Tile& tile) {
+    walk<FINE_KEYS>(q, a.level, coarse_tiles(), fine, [&](const Tile& tile) {
         float s[N][4] = {}, scale = a.scale, log_count = tile.level->log_count;
         add_scores<N>(s, rows, tile.k, lane);
         weigh_odd(s, tile, q, scale, log_count, lane);

@@ -26,10 +26,8 @@ class Split(NamedTuple):
     """Keys of a tile that all warps share."""
     FINE_KEYS: int
     """Keys of a tile of a warp's own."""
-    STAGES: int
-    """Of those tiles, the ones that are there or on their way."""
     COARSE_STAGES: int
-    """The same of the tiles that all warps share."""
+    """Tiles that all warps share, there or on their way."""
     BLOCKS: int
     """Blocks of a multiprocessor for which registers are kept."""
 
@@ -43,16 +41,16 @@ def split_for(tile: Tile) -> Split:
     # WARPS 4 with three blocks: 0.430, 0.471, and with four 0.456, 0.465. As it stands a block takes all the shared
     # memory that every card has, so on some there is one in a multiprocessor, and no room for a shared variable.
     if tile.row_bytes <= 128:
-        return Split(WARPS=8, KEYS=32, FINE_KEYS=32, STAGES=1, COARSE_STAGES=3, BLOCKS=2)
-    # With D = 128: as it stands 0.827, 1.125; STAGES, COARSE_STAGES and BLOCKS 2: 1.019, 1.762; 32 keys at once and two
-    # blocks: 0.911. float32: as it stands 2.737, 4.434; three coarse stages 3.027, 4.444; WARPS, STAGES and BLOCKS 2:
-    # 3.189, 4.572.
+        return Split(WARPS=4 if tile.dtype == "float32" else 8, KEYS=32, FINE_KEYS=32, COARSE_STAGES=3, BLOCKS=2)
+    # With D = 128: as it stands 0.827, 1.125; with two tiles for each warp, COARSE_STAGES and BLOCKS 2: 1.019, 1.762;
+    # with 32 keys at once and two blocks: 0.911. float32: as it stands 2.737, 4.434; with three coarse stages 3.027,
+    # 4.444.
     if tile.row_bytes <= 256:
         coarse_stages = 2 if tile.dtype == "float32" else 3
-        return Split(WARPS=4, KEYS=16, FINE_KEYS=16, STAGES=1, COARSE_STAGES=coarse_stages, BLOCKS=3)
+        return Split(WARPS=4, KEYS=16, FINE_KEYS=16, COARSE_STAGES=coarse_stages, BLOCKS=3)
     if tile.row_bytes <= 384:
-        return Split(WARPS=4, KEYS=16, FINE_KEYS=16, STAGES=1, COARSE_STAGES=1, BLOCKS=2)
-    return Split(WARPS=2 if tile.row_bytes <= 768 else 1, KEYS=16, FINE_KEYS=16, STAGES=1, COARSE_STAGES=1, BLOCKS=2)
+        return Split(WARPS=4, KEYS=16, FINE_KEYS=16, COARSE_STAGES=1, BLOCKS=2)
+    return Split(WARPS=2 if tile.row_bytes <= 768 else 1, KEYS=16, FINE_KEYS=16, COARSE_STAGES=1, BLOCKS=2)
 
 
 @cache
@@ -64,7 +62,7 @@ def attend_kernel(tile: Tile, whole: bool) -> Kernel:
         ("MOST_ROW_REGISTERS", "128"),
         *((name, str(value)) for name, value in split._asdict().items()),
     )
-    rows = 2 * (split.COARSE_STAGES * split.KEYS + split.STAGES * split.WARPS * split.FINE_KEYS)
+    rows = 2 * (split.COARSE_STAGES * split.KEYS + split.WARPS * split.FINE_KEYS)
     if tile.dtype == "float32" or tile.WIDTH > 128:  # the queries stay in shared memory
         rows += split.WARPS * 16
     return Kernel("attend.cu", "attend", defines, split.WARPS * 32, rows * tile.pitch_bytes)

@@ -74,8 +74,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) query_gradient(con
     u32 i_list;
     const Queries q =
         queries_of_block(a.queries, a.heads, a.kv_heads, a.dims, a.value_dims, a.block_bits, a.levels, i_list);
-    Element* ring = ring_of(i_warp);
-    Element* own_rows = ROWS_IN_REGISTERS ? ring : kept_rows(i_warp, 2);   // [2][16, PITCH]: queries, dO
+    Element* fine = fine_tile(i_warp);
+    Element* own_rows = ROWS_IN_REGISTERS ? fine : kept_rows(i_warp, 2);   // [2][16, PITCH]: queries, dO
 
     auto own = [&](int row) { return row < q.own ? q.own_first + row : -1; };
     stage<16, WARP>(own_rows, head_of<const Element>(a.q, q.i_batch, q.i_head), a.q, a.dims, lane, own);
@@ -98,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) query_gradient(con
     float o[N_DIMS][4];
 #pragma unroll
     for (int d = 0; d < N_DIMS; d++) o[d][0] = o[d][1] = o[d][2] = o[d][3] = 0;
-    walk<16>(q, a.level, coarse_tiles(), ring, [&](const Tile& tile) {
+    walk<16>(q, a.level, coarse_tiles(), fine, [&](const Tile& tile) {
         float s[2][4] = {}, dp[2][4] = {}, scale = a.scale, log_count = tile.level->log_count;
         add_scores<2>(s, query_rows, tile.k, lane);
         add_scores<2>(dp, dout_rows, tile.v, lane);

@@ -23,8 +23,11 @@ FINISH = Struct(f"4Q{ARRAY}8i0q")
 CLEAR = Struct("Qq")
 UNPOOL_THREADS = 256
 NO_LISTS = (0,) * len(Lists._fields)
+DENSE_PIECES = 96
+"""Pieces of 65,536 queries on the coarsest level, over groups of DENSE_KEYS keys: few keys get many pieces."""
+DENSE_KEYS = 64
 MOST_DENSE_PIECES = 256
-"""Of the queries, on the coarsest level: their sums take memory, and are added up one after another."""
+"""Their sums take memory, and are added up one after another."""
 MOST_ROW_REGISTERS = 64
 """The widest tile of which a warp keeps its own rows, of two arrays, in registers."""
 MOST_BOTH = 128
@@ -83,13 +86,10 @@ def gradient_kernels(tile: Tile, whole: bool, needs_k: bool, needs_v: bool) -> K
     most = (("MOST_ROW_REGISTERS", str(MOST_ROW_REGISTERS)),)
     values = dict(forward.defines)
     warps = int(values["WARPS"])
-    ring_rows, shared_rows = (
-        int(values["STAGES"]) * int(values["FINE_KEYS"]),
-        int(values["COARSE_STAGES"]) * int(values["KEYS"]),
-    )
+    fine_rows, shared_rows = int(values["FINE_KEYS"]), int(values["COARSE_STAGES"]) * int(values["KEYS"])
 
     def query_rows(warps: int) -> int:
-        return 2 * (shared_rows + ring_rows * warps) + (0 if in_registers else 2 * warps * 16)
+        return 2 * (shared_rows + fine_rows * warps) + (0 if in_registers else 2 * warps * 16)
 
     # Two tiles of rows stay, where the forward has one.
     while warps > 1 and query_rows(warps) * tile.pitch_bytes > PORTABLE_SHARED:
@@ -145,13 +145,14 @@ def backward_kernels(tile: Tile, whole: bool) -> list[Kernel]:
 # --- sizes
 
 
-def dense_pieces(queries: int, group: int, lists: int, length: int) -> tuple[int, int]:
-    """(pieces, tiles of a piece) of the coarsest level, of so many keys: all tiles of 16 queries of a group's heads."""
-    tiles = group * -(-queries // 16)
+def dense_pieces(queries: int, group: int, length: int) -> tuple[int, int]:
+    """(pieces, tiles of a piece) of the coarsest level, of so many keys: all tiles of 16 queries of a group's heads. By
+    the sizes of one list alone, so that a batch entry has the same bits whatever lies beside it."""
     # Blocks enough for every card. ms of key_gradient_dense and of adding up, on an H100 at 65,536 tokens, with L = 2
     # and L = 3: as it stands, 24 and 48 pieces, 0.277 and 0.078; with 16 pieces 0.314 and 0.124.
-    most = max(1, min(MOST_DENSE_PIECES, 768 // max(1, lists * max(2, -(-length // 64)))))
-    of_piece = max(16, -(-tiles // most))
+    tiles = group * -(-queries // 16)
+    pieces = DENSE_PIECES * max(1, tiles // 8192) // max(2, -(-length // DENSE_KEYS))
+    of_piece = max(16, -(-tiles // max(4, min(MOST_DENSE_PIECES, pieces))))
     return -(-tiles // of_piece), of_piece
 
 
@@ -175,7 +176,7 @@ def backward_spaces(
         for level in options.levels:
             if level == hierarchy.levels:
                 places = max(
-                    places, dense_pieces(queries, group, lists, hierarchy.lengths[level])[0] * hierarchy.lengths[level]
+                    places, dense_pieces(queries, group, hierarchy.lengths[level])[0] * hierarchy.lengths[level]
                 )
             else:
                 of = lists_of(level, hierarchy, query_hierarchy, topk[level], group)
@@ -263,7 +264,7 @@ def attend_backward(
                 *(pointer(v_sums[1]) if has_above and need_v else 0,),
                 *(batch, heads, kv_heads, queries, padded(queries), dim, value_dim, block_bits, len(options.levels)),
                 *(hierarchy.lengths[level], *(NO_LISTS if of is None else of)),
-                *dense_pieces(queries, group, lists, hierarchy.lengths[level]),
+                *dense_pieces(queries, group, hierarchy.lengths[level]),
                 *(options.scale * math.log2(math.e), options.scale, *log_counts(level, hierarchy, options.reweight)),
             )
             + levels
@@ -288,7 +289,7 @@ def attend_backward(
         takes_part, is_dense = level in options.levels, level == hierarchy.levels
         pieces = 1
         if takes_part and is_dense:
-            pieces, _ = dense_pieces(queries, group, lists, hierarchy.lengths[level])
+            pieces, _ = dense_pieces(queries, group, hierarchy.lengths[level])
             for need_k, need_v in launches:
                 kernel = gradient_kernels(tile, whole, need_k, need_v).key_gradient_dense
                 key_groups = -(-hierarchy.lengths[level] // (kernel.threads // 2))
@@ -313,7 +314,8 @@ def attend_backward(
                         *(kv_heads, lists, of.parents, of.spare, hierarchy.lengths[level], gradient.shape[3]),
                         *(block_bits, of_block),
                     )
-                    # An odd number, so that the same parents of other lists are another block's
+                    # An odd number, so that where parents are a power of two, the same ones of other lists are another
+                    # block's
                     blocks = -(-lists * of.parents // of_block) | 1
                     launch(unpool_kernel("finish", dtype), blocks, finish, stream)
         if level == 0:

@@ -2,7 +2,7 @@
 stands beside it: `split_for` in attend.py, `key_split_for` in attend_backward.py.
 
 Dims are rounded up to a tile's width inside the kernels; all else (lengths, block size, K, levels, strides, alignment)
-they take as they come.
+they take as they come, but for pooling, which is compiled for every block size.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ __device__ __forceinline__ int sum_within_block(int number, int& all) {
 }
 
 // Counters become the sums of those before them, CHUNK counters to a block, four to a thread: first every chunk is added up
-// by itself, into `items`, which nobody needs yet; then a block adds up the chunks before its own, and goes through it.
+// by itself, into `items`, which nobody needs yet and which has room, as ranges are at most 128; then a block adds up the chunks before its own, and goes through it.
 struct Chunk {
     int* items;   // of the list
     int4* four;   // the thread's; null past the end

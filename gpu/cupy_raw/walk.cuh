@@ -5,9 +5,9 @@
 // a warp have one list on every level, so that nobody's value reaches a query that did not choose it, not even times 0.
 //
 //     levels whose rows of S_{l+1} cover all the block's queries    the finer ones (level 0; for small b level 1 too)
-//     one list for the block: tiles of KEYS keys and values,        a list for each warp: tiles of FINE_KEYS keys in
-//     brought in by all warps and used by all, the next ones on     a ring of the warp's own, whose first come in before
-//     their way while one is used                                   all else is done
+//     one list for the block: tiles of KEYS keys and values,        a list for each warp: a tile of FINE_KEYS keys
+//     brought in by all warps and used by all, the next ones on     and values at a time, whose first comes in before all
+//     their way while one is used                                   else is done; other warps work while one is awaited
 //
 // Log-weights are looked at one by one only in odd tiles: those of which a key is not there or has another weight than the
 // level's.
@@ -32,7 +32,7 @@ struct Queries {
 
 // A tile of keys and values, from a place of a level's list on.
 struct Tile {
-    const Element *k, *v;       // [STEP, PITCH]
+    const Element *k, *v;       // as many rows as `walk` hands on
     const Level* level;
     int place;
     bool odd;
@@ -70,11 +70,12 @@ struct Next {
 // Whether one of the RUN tokens from `run` on is not there or has another weight than the level's.
 __device__ __forceinline__ bool is_odd(const Level& level, int run) { return run < 0 || run > level.regular - RUN; }
 
-// Calls use(tile) for every STEP places of the lists. coarse: [COARSE_STAGES][keys, values][KEYS, PITCH] of the block; ring:
-// [STAGES][keys, values][FINE_KEYS, PITCH] of the warp.
+// Calls use(tile) for every STEP places of the lists, whose tile is [STEP, PITCH]. coarse: [COARSE_STAGES][keys, values]
+// [KEYS, PITCH] of the block; fine: [keys, values][FINE_KEYS, PITCH] of the warp.
 template <int STEP, class Use>
-__device__ __forceinline__ void walk(const Queries& q, const Level* level_of, Element* coarse, Element* ring, Use use) {
-    constexpr int TILE = 2 * FINE_KEYS * PITCH, SHARED_TILE = 2 * KEYS * PITCH;
+__device__ __forceinline__ void walk(const Queries& q, const Level* level_of, Element* coarse, Element* fine, Use use) {
+    constexpr int SHARED_TILE = 2 * KEYS * PITCH;
+    static_assert(KEYS % STEP == 0 && FINE_KEYS % STEP == 0);
     const int i_thread = threadIdx.x, lane = i_thread % WARP;
 
     int shared_levels = 0;
@@ -92,7 +93,7 @@ __device__ __forceinline__ void walk(const Queries& q, const Level* level_of, El
     };
 
     // --- the finer levels: what the warp brings in for itself. The coarsest level is never one of them.
-    u32 odd_stages = 0;   // bit i: what lies in stage i of the ring is odd
+    bool is_fine_odd = false;
     auto look_up = [&](Next& at) {   // the entries of the next tile: they arrive while this one is used
         if (at.i_level == q.levels) return;
         const Level& level = level_of[at.i_level];
@@ -101,24 +102,23 @@ __device__ __forceinline__ void walk(const Queries& q, const Level* level_of, El
             at.entry[i] = i % 2 == 0 || q.block_bits == 3 ? parent_at(level, at.parents, at.place + i * RUN, q.block_bits)
                                                           : at.entry[i - 1];
     };
-    auto fetch = [&](Next& at, int i_stage) {
+    auto fetch = [&](Next& at) {
         if (at.i_level < q.levels) {
             const Level& level = level_of[at.i_level];
             int runs[FINE_RUNS];
-            bool odd = false;
+            is_fine_odd = false;
 #pragma unroll
             for (int i = 0; i < FINE_RUNS; i++) {
                 runs[i] = token_of(level, at.entry[i], at.place + i * RUN, q.block_bits);
-                odd |= is_odd(level, runs[i]);
+                is_fine_odd |= is_odd(level, runs[i]);
             }
-            stage_runs<FINE_KEYS, WARP>(ring + i_stage * TILE, level.k, level.v, q.dims, q.value_dims, level.length, lane,
+            stage_runs<FINE_KEYS, WARP>(fine, level.k, level.v, q.dims, q.value_dims, level.length, lane,
                                         [&](int i) {
                                             int run = runs[0];   // runs[i], but never from memory
 #pragma unroll
                                             for (int j = 1; j < FINE_RUNS; j++) run = i == j ? runs[j] : run;
                                             return Run{at.k, at.v, run};
                                         });
-            odd_stages = (odd_stages & ~(1u << i_stage)) | u32(odd) << i_stage;
             at.place += FINE_KEYS;
             if (at.place >= at.places) enter(at, at.i_level + 1, q.levels, q.own_first);
             look_up(at);
@@ -128,7 +128,7 @@ __device__ __forceinline__ void walk(const Queries& q, const Level* level_of, El
     Next own;
     enter(own, shared_levels, q.levels, q.own_first);
     look_up(own);
-    for (int i = 0; i < STAGES; i++) fetch(own, i);
+    fetch(own);
 
     // --- the coarser levels, by all warps
     Next next;
@@ -175,34 +175,32 @@ __device__ __forceinline__ void walk(const Queries& q, const Level* level_of, El
     }
 
     // --- the finer ones, by each warp for itself
-    i_stage = 0;
     for (int i_level = shared_levels; i_level < q.levels; i_level++) {
         const Level& level = level_of[i_level];
         const int level_places = places(level, q.block_bits);
         for (int o_place = 0; o_place < level_places; o_place += FINE_KEYS) {
-            copies_wait<STAGES - 1>();
+            copies_wait<0>();
             __syncwarp();   // all lanes' copies are there
-            const Element *k = ring + i_stage * TILE, *v = k + FINE_KEYS * PITCH;
+            const Element *k = fine, *v = k + FINE_KEYS * PITCH;
 #pragma unroll
             for (int o = 0; o < FINE_KEYS; o += STEP)
-                use(Tile{k + o * PITCH, v + o * PITCH, &level, o_place + o, bool(odd_stages >> i_stage & 1)});
+                use(Tile{k + o * PITCH, v + o * PITCH, &level, o_place + o, is_fine_odd});
             __syncwarp();
-            fetch(own, i_stage);
-            if (STAGES == 2) i_stage ^= 1;
+            fetch(own);
         }
     }
     copies_wait<0>();
     __syncwarp();
 }
 
-// Shared memory of a block of queries: coarse tiles, rings, and the tiles of rows that stay; as attend.py and
+// Shared memory of a block of queries: coarse tiles, the warps' own, and the tiles of rows that stay; as attend.py and
 // attend_backward.py reserve it.
 __device__ __forceinline__ Element* coarse_tiles() { return reinterpret_cast<Element*>(shared_memory()); }
-__device__ __forceinline__ Element* ring_of(int i_warp) {
-    return coarse_tiles() + COARSE_STAGES * 2 * KEYS * PITCH + i_warp * STAGES * 2 * FINE_KEYS * PITCH;
+__device__ __forceinline__ Element* fine_tile(int i_warp) {
+    return coarse_tiles() + COARSE_STAGES * 2 * KEYS * PITCH + i_warp * 2 * FINE_KEYS * PITCH;
 }
 __device__ __forceinline__ Element* kept_rows(int i_warp, int tiles) {
-    return ring_of(WARPS) + i_warp * tiles * 16 * PITCH;
+    return fine_tile(WARPS) + i_warp * tiles * 16 * PITCH;
 }
 
 // Which queries this block has. List: (batch entry, head).
