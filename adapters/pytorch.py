@@ -784,7 +784,8 @@ class LLSASelfAttention(torch.nn.Module):
         """(batch, tokens, dim) -> the same."""
         heads = (self.heads, self.kv_heads, self.kv_heads)
         q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(heads, dim=-2)  # views, which need no copy
-        q, k = self.q_norm(q), self.k_norm(k)
+        if isinstance(self.q_norm, torch.nn.RMSNorm):  # in the weights' dtype, which under autocast is not q's
+            q, k = (norm(y.to(norm.weight.dtype)) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
         return self.out(attention(q, k, v, layout="bnhd", **self.options).flatten(-2))
 
     def extra_repr(self) -> str:
