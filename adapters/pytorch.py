@@ -32,6 +32,7 @@ from llsa_np.options import (
     check_attend_options,
     check_block_size,
     check_flag,
+    check_integer,
     check_layout,
     check_levels,
     check_needs,
@@ -125,6 +126,8 @@ class TorchAdapter:
         shape, device, dtype = tuple(array.shape), array.device, NUMPY_TYPES.get(array.dtype)
         if dtype is None:
             return View(shape, str(array.dtype).removeprefix("torch."), device_name(device), array)
+        if is_functorch_wrapped_tensor(array):  # stands for others; only `merge` looks at one, and not at its memory
+            return View(shape, dtype.name, device_name(device), array)
         swapped = layout == "bnhd" and len(shape) == 4
         data: Any
         if device.type == "cpu":
@@ -364,9 +367,9 @@ def batched(name: str) -> None:
             x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
             return x.flatten(0, 1)
 
-        joined = [join(x, dim) for x, dim in zip(arguments, in_dims)]
-        batch = next(x for x in joined if isinstance(x, torch.Tensor)).shape[0] // size if size else 0
-        results = op(*joined)
+        first, dim = next((x, dim) for x, dim in zip(arguments, in_dims) if isinstance(x, torch.Tensor))
+        batch = first.shape[0 if dim is None or dim > 0 else 1]
+        results = op(*(join(x, dim) for x, dim in zip(arguments, in_dims)))
 
         def part(x: Any) -> Any:
             if isinstance(x, (list, tuple)):
@@ -452,28 +455,26 @@ def no_second_gradient(ctx: Any, *_: Any) -> Any:
     )
 
 
-def register_gradients() -> None:
-    """Tells autograd, for compile; eager calls have the functions below."""
-    register, lib = torch.library.register_autograd, {"lib": library}
-    register(
-        "llsa::attention",
-        lambda ctx, dout, dlse, _: (*gradients(ctx, dout, dlse), *[None] * 10),
-        setup_context=save_attention,
-        **lib,
-    )
-    register(
-        "llsa::attend",
-        lambda ctx, dout, dlse: (*gradients(ctx, dout, dlse), [None] * ctx.levels, *[None] * 7),
-        setup_context=save_attend,
-        **lib,
-    )
-    register("llsa::attend_backward", no_second_gradient, **lib)
-    register(
-        "llsa::pool", lambda ctx, dlevels: (pool_gradient(ctx, dlevels), *[None] * 4), setup_context=save_pool, **lib
-    )
-
-
-register_gradients()
+# Autograd's own record of the operators is for compile; eager calls have the functions below.
+torch.library.register_autograd(
+    "llsa::attention",
+    lambda ctx, dout, dlse, _: (*gradients(ctx, dout, dlse), *[None] * 10),
+    setup_context=save_attention,
+    lib=library,
+)
+torch.library.register_autograd(
+    "llsa::attend",
+    lambda ctx, dout, dlse: (*gradients(ctx, dout, dlse), [None] * ctx.levels, *[None] * 7),
+    setup_context=save_attend,
+    lib=library,
+)
+torch.library.register_autograd("llsa::attend_backward", no_second_gradient, lib=library)
+torch.library.register_autograd(
+    "llsa::pool",
+    lambda ctx, dlevels: (pool_gradient(ctx, dlevels), *[None] * 4),
+    setup_context=save_pool,
+    lib=library,
+)
 
 
 class Attention(torch.autograd.Function):
@@ -572,6 +573,12 @@ class Pool(torch.autograd.Function):
         return no_forward_mode()
 
 
+def refuse_forward_mode() -> None:
+    """Inside a compiled function, where an operator would drop tangents in silence."""
+    if forward_ad._current_level >= 0:
+        no_forward_mode()
+
+
 def no_forward_mode() -> Any:
     """What jvp comes to."""
     raise NotImplementedError(
@@ -596,10 +603,13 @@ def arguments(name: str, given: tuple[Any, ...], options: dict[str, Any]) -> tup
     """The arrays in order, and all options; None for a call whose arguments are not what the function takes."""
     arrays, defaults = PARAMETERS[name]
     by_name = dict(zip(arrays, given)) | options
-    if len(given) > len(arrays) or set(by_name) - set(arrays) - set(defaults) or set(arrays) - set(by_name):
+    twice = set(arrays[: len(given)]) & set(options)
+    if twice or len(given) > len(arrays) or set(by_name) - set(arrays) - set(defaults) or set(arrays) - set(by_name):
         return None
     values = [by_name[of] for of in arrays]
-    if not all(is_tensors(x) for x in values):
+    if not all(is_tensors(x) for x in values) or not (by_name.get("dlse") is None or is_tensors(by_name["dlse"])):
+        return None
+    if not torch.compiler.is_compiling() and not all(type(x) not in PLAIN or adapter.owns(x) for x in values):
         return None
     return values, {of: by_name.get(of, default) for of, default in defaults.items()}
 
@@ -611,9 +621,9 @@ def is_tensors(x: Any) -> bool:
 
 def goes_straight(*tensors: torch.Tensor) -> bool:
     """Whether nothing but the numbers matters: no gradient is recorded, nothing is traced or mapped."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return False
-    if forward_ad._current_level >= 0:
+    if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack():
         return False
     records = torch.is_grad_enabled()
     for x in tensors:
@@ -638,7 +648,9 @@ def select_options(who: str, of: dict[str, Any]) -> list[Any]:
     topk = as_tuple(of["topk"])
     per_level = topk is not None
     entries = levels or (1 if topk is None else len(topk))
-    checked = list(check_topk(who, of["topk"], entries))
+    if levels is None:
+        check_levels(who, 1, block_size)
+    checked = list(check_topk(who, topk if per_level else of["topk"], entries))
     return [block_size, levels, checked if per_level else checked[:1], per_level]
 
 
@@ -661,10 +673,15 @@ def attention(*arrays: Any, **options: Any) -> Any:
     q, k, v = cast(q, k, v)
     if goes_straight(q, k, v):
         return plain("attention")(q, k, v, **of)
+    check_shapes("attention", of["layout"], q=q, k=k, v=v)
     selecting = select_options("attention", of)
     return_lse = check_flag("attention", "return_lse", of["return_lse"])
-    schema = (*selecting, *attend_options("attention", of, selecting[1], q.shape[-1]))
+    levels = selecting[1]
+    if levels is None and not torch.compiler.is_compiling():
+        levels = levels_of(k.shape[ORDER[of["layout"]].index("tokens")], selecting[0])
+    schema = (*selecting, *attend_options("attention", of, levels, q.shape[-1]))
     if torch.compiler.is_compiling():
+        refuse_forward_mode()
         out, lse, _ = ops.attention(q, k, v, *schema)
     else:
         out, lse, *_ = Attention.apply(q, k, v, schema)
@@ -680,6 +697,7 @@ def select(*arrays: Any, **options: Any) -> Selection:
     q, k = (x.detach() for x in cast(q, k))
     if goes_straight(q, k):
         return plain("select")(q, k, **of)
+    check_shapes("select", of["layout"], q=q, k=k)
     selecting = select_options("select", of)
     layout = check_layout("select", of["layout"])
     selected = ops.select(q, k, *selecting, layout, check_backend("select", of["backend"]))
@@ -695,9 +713,10 @@ def attend(*arrays: Any, **options: Any) -> Any:
     q, k, v = cast(q, k, v)
     if goes_straight(q, k, v, *selection):
         return plain("attend")(q, k, v, selection, **of)
+    check_shapes("attend", of["layout"], selection, q=q, k=k, v=v)
     schema = (selection.block_size, *attend_options("attend", of, selection.levels, q.shape[-1]))
-    check_selection_of(q, k, v, selection, of)
     if torch.compiler.is_compiling():
+        refuse_forward_mode()
         return ops.attend(q, k, v, list(selection), *schema)
     return Attend.apply(q, k, v, schema, *selection)
 
@@ -712,10 +731,14 @@ def attend_backward(*arrays: Any, **options: Any) -> Any:
     if goes_straight(dout, q, k, v, out, lse, *selection, *dlse):
         return plain("attend_backward")(dout, q, k, v, out, lse, selection, **of)
     needed = check_needs("attend_backward", of["needs"])
+    check_shapes("attend_backward", of["layout"], selection, q=q, k=k, v=v)
     schema = (selection.block_size, *attend_options("attend_backward", of, selection.levels, q.shape[-1]))
-    check_selection_of(q, k, v, selection, of)
     needs = [name in needed for name in NEEDS]
-    results = ops.attend_backward(dout, q, k, v, out, lse, list(selection), of["dlse"], needs, *schema)
+    if torch.compiler.is_compiling():
+        refuse_forward_mode()
+        results = ops.attend_backward(dout, q, k, v, out, lse, list(selection), of["dlse"], needs, *schema)
+    else:
+        results = AttendBackward.apply(dout, q, k, v, out, lse, of["dlse"], (needs, *schema), *selection)
     return tuple(x if is_needed else None for x, is_needed in zip(results, needs))
 
 
@@ -729,14 +752,20 @@ def pool(*arrays: Any, **options: Any) -> tuple[torch.Tensor, ...]:
     levels = check_levels("pool", of["levels"], block_size)
     schema = (block_size, levels, check_layout("pool", of["layout"]), check_backend("pool", of["backend"]))
     if torch.compiler.is_compiling():
+        refuse_forward_mode()
         return tuple(ops.pool(x, *schema))
     return Pool.apply(x, schema)
 
 
-def check_selection_of(q: Any, k: Any, v: Any, selection: Selection, of: dict[str, Any]) -> None:
-    """That the Selection was made for these tensors, which its tensors alone do not tell."""
-    views = {name: View(tuple(x.shape), "", "", None) for name, x in (("q", q), ("k", k), ("v", v))}
-    check_selection("attend", selection, check_queries_keys("attend", views, of["layout"]))
+def check_shapes(who: str, layout: Any, selection: Selection | None = None, **arrays: Any) -> None:
+    """That q, k and v fit together, and that a Selection was made for them, which its tensors alone do not tell. A
+    compiler leaves it to the operator."""
+    if torch.compiler.is_compiling():
+        return
+    views = {name: View(tuple(x.shape), "", "", None) for name, x in arrays.items()}
+    of = check_queries_keys(who, views, check_layout(who, layout))
+    if selection is not None:
+        check_selection(who, selection, of)
 
 
 # --- for models
@@ -751,8 +780,8 @@ class LLSASelfAttention(torch.nn.Module):
     dim: of the tokens. heads: a divisor of dim. kv_heads: a divisor of heads, None for as many. block_size, topk,
     levels, enrich, reweight, scale, backend, precision: as in `llsa_np.attention`. qk_norm: whether q and k are
     normalised. bias: of the projections.
-    forward: x (batch, tokens, dim) -> (batch, tokens, dim), in x's dtype. For images, order the tokens by
-    `llsa_np.zorder` first. Raises ValueError for sizes that do not divide, and as `llsa_np.attention`.
+    forward: x (batch, tokens, dim) -> (batch, tokens, dim), in x's dtype, or autocast's. For images, order the tokens
+    by `llsa_np.zorder` first. Raises ValueError for sizes that do not divide, and as `llsa_np.attention`.
     """
 
     def __init__(
@@ -766,14 +795,21 @@ class LLSASelfAttention(torch.nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        kv_heads = heads if kv_heads is None else kv_heads
+        who = "LLSASelfAttention"
+        dim, heads = check_integer(who, "dim", dim, 1, None), check_integer(who, "heads", heads, 1, None)
+        kv_heads = heads if kv_heads is None else check_integer(who, "kv_heads", kv_heads, 1, None)
         for name, whole, part in (("dim", dim, heads), ("heads", heads, kv_heads)):
-            if part < 1 or whole % part:
+            if whole % part:
                 raise ValueError(f"LLSASelfAttention: {name} is {whole}, which {part} does not divide")
         unknown = set(options) - set(PARAMETERS["attention"][1]) | set(options) & {"layout", "return_lse"}
         if unknown:
             raise TypeError(f"LLSASelfAttention: got {', '.join(sorted(unknown))}; options are those of attention")
-        self.heads, self.kv_heads, self.head_dim, self.options = heads, kv_heads, dim // heads, options
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
+        of = PARAMETERS["attention"][1] | options
+        block_size, levels, topk, per_level = select_options(who, of)  # plain integers, whatever was given
+        attend_options(who, of, levels, self.head_dim)
+        checked = {"block_size": block_size, "levels": levels, "topk": plain_topk(topk, per_level)}
+        self.options = {name: checked.get(name, value) for name, value in options.items()}
         self.qkv = torch.nn.Linear(dim, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
         self.q_norm, self.k_norm = (
             torch.nn.RMSNorm(self.head_dim) if qk_norm else torch.nn.Identity() for _ in range(2)
@@ -785,7 +821,7 @@ class LLSASelfAttention(torch.nn.Module):
         heads = (self.heads, self.kv_heads, self.kv_heads)
         q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(heads, dim=-2)  # views, which need no copy
         if isinstance(self.q_norm, torch.nn.RMSNorm):  # in the weights' dtype, which under autocast is not q's
-            q, k = (norm(y.to(norm.weight.dtype)) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
+            q, k = (norm(y.to(norm.weight.dtype)).to(v.dtype) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
         return self.out(attention(q, k, v, layout="bnhd", **self.options).flatten(-2))
 
     def extra_repr(self) -> str:

@@ -98,8 +98,14 @@ class Call(NamedTuple):
         return out, lse
 
     def seen(self, selection: Selection) -> Selection:
-        """A Selection as the backend sees it."""
-        return Selection._made(tuple(self.adapter.view(x).array for x in selection), *selection.made_for)
+        """A Selection as the backend sees it. Its arrays are looked at again, for a framework's tools may have put
+        others in their place."""
+        views = [self.adapter.view(x) for x in selection]
+        for level, (view, topk) in enumerate(zip(views, selection.topk, strict=True), 1):
+            shape = (selection.batch, selection.heads, selection.query_hierarchy.lengths[level], topk)
+            check_shape(self.who, f"level {level} of selection", view, shape, "as when the Selection was made")
+            check_dtype(self.who, f"level {level} of selection", view, "int32")
+        return Selection._made(tuple(view.array for view in views), *selection.made_for)
 
     def empty_like(self, name: str) -> tuple[Any, Any]:
         """A new array of an argument's shape, dtype and layout: for the caller, and as the backend sees it."""

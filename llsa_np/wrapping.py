@@ -33,7 +33,7 @@ def wrapped_by_frameworks(function: Function) -> Function:
         for package, (kind, wrapper) in WRAPPERS.items():
             framework = sys.modules.get(package)
             if framework is not None:
-                arrays_type = getattr(framework, kind)
+                arrays_type = getattr(framework, kind, ())  # half imported, it has none
                 if any(isinstance(x, arrays_type) for x in (*arrays, *options.values())):
                     return getattr(wrapper(), name)(*arrays, **options)
         return function(*arrays, **options)

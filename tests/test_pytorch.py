@@ -16,6 +16,8 @@ if SIMULATED or EMULATED:
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -302,6 +304,9 @@ def test_vmap_over_an_added_axis():
     q, k, v = many()
     one_by_one = torch.stack([attention(*x) for x in zip(q, k, v)])
     assert torch.equal(torch.func.vmap(attention)(q, k, v), one_by_one)
+    assert torch.func.vmap(attention)(*(x[:0] for x in (q, k, v))).shape == (0, *one_by_one.shape[1:])
+    twice = torch.func.vmap(torch.func.vmap(attention, in_dims=(0, None, None)), in_dims=(None, 0, 0))(q, k, v)
+    assert torch.equal(twice, torch.stack([torch.stack([attention(x, *y) for x in q]) for y in zip(k, v)]))
     shared = torch.func.vmap(attention, in_dims=(1, None, None), out_dims=1)(q.movedim(0, 1), k[0], v[0])
     assert torch.equal(shared, torch.stack([attention(x, k[0], v[0]) for x in q], dim=1))
     levels = torch.func.vmap(lambda x: llsa.pool(x, block_size=4, levels=2))(q)
@@ -338,6 +343,46 @@ def test_forward_mode_is_an_error():
             call(forward_ad.make_dual(arrays[0], arrays[0]), *arrays[1:])
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own use of it
+@pytest.mark.usefixtures("fresh_compiler")
+def test_forward_mode_is_an_error_where_it_hides():
+    """Inside a compiled function, and through `attend_backward`."""
+    q, k, v = (x.detach() for x in tensors())
+    tangent = torch.func.jvp
+
+    def compiled(q):
+        return tangent(lambda q: attention(q, k, v), (q,), (q,))[1]
+
+    with pytest.raises((NotImplementedError, torch._dynamo.exc.TorchDynamoException)):
+        torch.compile(compiled, fullgraph=True, backend="aot_eager")(q)
+    out, lse = llsa.attention(q, k, v, return_lse=True, **OPTIONS)
+    selection = llsa.select(q, k, **OPTIONS)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        tangent(lambda q: llsa.attend_backward(out, q, k, v, out, lse, selection)[0], (q,), (q,))
+
+
+def test_tracers_record_the_call():
+    q, k, v = tensors(grad=False)
+    other = torch.randn_like(q)
+    traced = make_fx(attention)(q, k, v)
+    assert torch.equal(traced(other, k, v), attention(other, k, v))
+
+
+def test_a_selection_whose_arrays_were_exchanged():
+    q, k, v = tensors(grad=False)
+    selection = llsa.select(q, k, **OPTIONS)
+    for exchange, kind in (
+        (lambda x: x.long(), TypeError),
+        (lambda x: x.double(), TypeError),
+        (lambda x: x[:1], ValueError),
+        (lambda x: torch.cat([x, x]), ValueError),
+    ):
+        other = pytree.tree_map(exchange, selection)
+        for recorded in (True, False):
+            with pytest.raises(kind, match="selection"):
+                llsa.attend(q.detach().requires_grad_(recorded), k, v, other)
+
+
 def test_a_second_gradient_is_an_error():
     q, k, v = tensors()
     (dq,) = torch.autograd.grad(attention(q, k, v).square().sum(), q, create_graph=True)
@@ -371,6 +416,17 @@ def test_merge_of_halves_and_its_gradient():
     expected = torch.autograd.grad(whole[0].square().sum() + whole[1].sum(), (q, k, v))
     got = torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v))
     torch.testing.assert_close(got, expected)
+
+
+def test_merge_under_vmap_and_grad():
+    def merged(q, k, v):
+        return llsa.merge(*(llsa.attention(q, x, v, return_lse=True, **OPTIONS) for x in (k, k + 1)))[0]
+
+    q, k, v = many()
+    assert torch.equal(torch.func.vmap(merged)(q, k, v), torch.stack([merged(*x) for x in zip(q, k, v)]))
+    one = tensors()
+    got = torch.func.grad(lambda *x: merged(*x).square().sum())(*(x.detach() for x in one))
+    assert torch.equal(got, gradients(merged, *one)[0])
 
 
 def test_merge_with_empty_rows_has_finite_gradients():
@@ -414,6 +470,11 @@ def test_bad_input_says_the_same_with_gradients_and_without():
         lambda *x: llsa.attention(*x, blocksize=4),
         lambda *x: llsa.attention(*x[:2]),
         lambda *x: llsa.pool(x[0], levels=0),
+        lambda *x: llsa.attention(*x, q=x[0]),
+        lambda *x: llsa.attention(*x, block_size=2**70),
+        lambda *x: llsa.attention(*x, enrich=(17,)),
+        lambda *x: llsa.attention(x[0][..., :0], x[1][..., :0], x[2]),
+        lambda *x: llsa.attention(x[0].sum(), *x[1:]),
     ]
     for call in calls:
         told = []
@@ -496,9 +557,11 @@ def test_self_attention_compiled_and_cast():
 
 
 def test_self_attention_refuses():
-    for arguments in ((30, 4), (32, 4, 3), (32, 0)):
-        with pytest.raises(ValueError, match="does not divide"):
+    for arguments, words in (((30, 4), "does not divide"), ((32, 4, 3), "does not divide"), ((32, 0), "heads is 0")):
+        with pytest.raises(ValueError, match=words):
             pytorch.LLSASelfAttention(*arguments)
+    with pytest.raises(ValueError, match="block_size is 1"):
+        pytorch.LLSASelfAttention(32, 4, block_size=1)
     for option in ("layout", "blocksize"):
         with pytest.raises(TypeError, match=option):
             pytorch.LLSASelfAttention(32, 4, **{option: "bnhd"})
