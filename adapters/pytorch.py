@@ -477,10 +477,19 @@ torch.library.register_autograd(
 )
 
 
-class Attention(torch.autograd.Function):
-    """`llsa::attention` for torch.func, whose transformations operators with gradients of their own do not follow."""
+class ReverseOnly(torch.autograd.Function):
+    """An operator for torch.func, whose transformations operators with gradients of their own do not follow: mapped by
+    the operators' own rules, and without forward mode."""
 
     generate_vmap_rule = True
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        return no_forward_mode()
+
+
+class Attention(ReverseOnly):
+    """`llsa::attention`."""
 
     @staticmethod
     def forward(q: Any, k: Any, v: Any, options: Any) -> Any:
@@ -498,15 +507,9 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Any, dlse: Any, *_: Any) -> Any:
         return *gradients(ctx, dout, dlse), None
 
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> Any:
-        return no_forward_mode()
 
-
-class Attend(torch.autograd.Function):
-    """`llsa::attend` for torch.func."""
-
-    generate_vmap_rule = True
+class Attend(ReverseOnly):
+    """`llsa::attend`."""
 
     @staticmethod
     def forward(q: Any, k: Any, v: Any, options: Any, *selected: Any) -> Any:
@@ -522,15 +525,9 @@ class Attend(torch.autograd.Function):
         selected = len(ctx.needs_input_grad) - 4
         return *gradients(ctx, dout, dlse), None, *[None] * selected
 
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> Any:
-        return no_forward_mode()
 
-
-class AttendBackward(torch.autograd.Function):
-    """`llsa::attend_backward` for torch.func, which records whatever a gradient does."""
-
-    generate_vmap_rule = True
+class AttendBackward(ReverseOnly):
+    """`llsa::attend_backward`, since torch.func records whatever a gradient does."""
 
     @staticmethod
     def forward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, options: Any, *selected: Any) -> Any:
@@ -545,15 +542,9 @@ class AttendBackward(torch.autograd.Function):
     def backward(ctx: Any, *_: Any) -> Any:
         return no_second_gradient(ctx)
 
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> Any:
-        return no_forward_mode()
 
-
-class Pool(torch.autograd.Function):
-    """`llsa::pool` for torch.func."""
-
-    generate_vmap_rule = True
+class Pool(ReverseOnly):
+    """`llsa::pool`."""
 
     @staticmethod
     def forward(x: Any, options: Any) -> Any:
@@ -567,10 +558,6 @@ class Pool(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dlevels: Any) -> Any:
         return pool_gradient(ctx, dlevels), None
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> Any:
-        return no_forward_mode()
 
 
 def refuse_forward_mode() -> None:
