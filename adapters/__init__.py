@@ -8,9 +8,11 @@ To add a framework, write an `Adapter` in a file of its own and name it in `ADAP
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 
@@ -43,6 +45,16 @@ class Adapter(Protocol):
         """A new array, uninitialised, beside `like`, with the axes of shape (batch, heads, tokens, dim) laid out in
         `layout`: the array for the caller and the view for the backend. dtype None means that of `like`."""
 
+    def maker(self, shape: tuple[int, ...], dtype: np.dtype[Any], like: View) -> Callable[[], Any]:
+        """A function that makes such an array, uninitialised, beside `like`, at every call."""
+
+    def key(self, array: Any) -> tuple[Any, ...] | None:
+        """All of an array that a call's plan depends on, the kind of its device ("cpu", "cuda") first: device, element
+        type, shape, strides, and where it begins modulo 16. None for one that this framework does not own."""
+
+    def pointer(self, array: Any) -> int:
+        """Where it begins; 0 for one without memory."""
+
     def stream(self, like: View) -> int:
         """The address of the stream on which the caller works, 0 for the default one and on the host."""
 
@@ -58,6 +70,7 @@ ADAPTERS = {
     "cupy": "llsa_np.adapters.cupy_arrays",
     "numba": "llsa_np.adapters.numba_arrays",
     "torch": "llsa_np.adapters.pytorch",
+    "llsa_np": "llsa_np.plans",
 }
 """Top module of an array's type (or of a base class of it) -> the module whose `adapter` serves it."""
 
@@ -70,14 +83,24 @@ def type_name(value: Any) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
-def adapter_of(who: str, name: str, array: Any) -> Adapter:
-    """The adapter that serves this argument, or a TypeError that names its type and what is supported."""
-    for base in type(array).__mro__:
+def _adapter_of_type(kind: type) -> Adapter | None:
+    for base in kind.__mro__:
         module = ADAPTERS.get(base.__module__.partition(".")[0])
         if module is not None:
             adapter: Adapter = importlib.import_module(module).adapter
-            if adapter.owns(array):
-                return adapter
+            return adapter
+    return None
+
+
+adapter_of_type: Callable[[Any], Adapter | None] = cache(_adapter_of_type)
+"""The adapter that may serve arrays of a type."""
+
+
+def adapter_of(who: str, name: str, array: Any) -> Adapter:
+    """The adapter that serves this argument, or a TypeError that names its type and what is supported."""
+    adapter = adapter_of_type(type(array))
+    if adapter is not None and adapter.owns(array):
+        return adapter
     raise TypeError(
         f"{who}: {name} is a {type_name(array)}; supported are {SUPPORTED}. Convert it first, e.g. with numpy.asarray"
     )

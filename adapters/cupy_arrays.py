@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import cupy
@@ -10,6 +12,12 @@ from numpy.typing import NDArray
 
 from llsa_np.adapters import View
 from llsa_np.adapters.numpy_arrays import dtype_name
+
+
+@cache
+def device_named(name: str) -> Any:
+    """The device called e.g. "cuda:1", as a context."""
+    return cupy.cuda.Device(int(name.partition(":")[2]))
 
 
 class CupyAdapter:
@@ -27,15 +35,31 @@ class CupyAdapter:
     def empty(self, shape: tuple[int, ...], dtype: Any, like: View, layout: str = "bhnd") -> tuple[Any, View]:
         if layout == "bnhd":
             shape = (shape[0], shape[2], shape[1], *shape[3:])
-        with like.array.device:
-            array = cupy.empty(shape, like.array.dtype if dtype is None else dtype)
+        array = self.maker(shape, like.array.dtype if dtype is None else np.dtype(dtype), like)()
         data = array.swapaxes(1, 2) if layout == "bnhd" and array.ndim == 4 else array
         return array, View(shape, dtype or like.dtype, like.device, data)
 
+    def maker(self, shape: tuple[int, ...], dtype: np.dtype[Any], like: View) -> Callable[[], Any]:
+        device = device_named(like.device)
+
+        def make() -> Any:
+            with device:
+                return cupy.ndarray(shape, dtype)
+
+        return make
+
+    def key(self, array: Any) -> tuple[Any, ...] | None:
+        data = array.data
+        return "cuda", data.device_id, array.dtype, array.shape, array.strides, data.ptr % 16
+
+    def pointer(self, array: Any) -> int:
+        address: int = array.data.ptr
+        return address
+
     def stream(self, like: View) -> int:
-        with like.array.device:
-            pointer: int = cupy.cuda.get_current_stream().ptr
-        return pointer
+        with device_named(like.device):
+            address: int = cupy.cuda.get_current_stream().ptr
+        return address
 
     def namespace(self, array: Any) -> Any:
         return cupy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,9 +50,25 @@ class NumbaAdapter:
     def empty(self, shape: tuple[int, ...], dtype: Any, like: View, layout: str = "bhnd") -> tuple[Any, View]:
         if layout == "bnhd":
             shape = (shape[0], shape[2], shape[1], *shape[3:])
-        with on_device(like.device):
-            array = empty(shape, like.array.dtype if dtype is None else np.dtype(dtype))
+        array = self.maker(shape, like.array.dtype if dtype is None else np.dtype(dtype), like)()
         return array, self.view(array, layout)
+
+    def maker(self, shape: tuple[int, ...], dtype: np.dtype[Any], like: View) -> Callable[[], Any]:
+        device = like.device
+
+        def make() -> Any:
+            with on_device(device):
+                return empty(shape, dtype)
+
+        return make
+
+    def key(self, array: Any) -> tuple[Any, ...] | None:
+        if not self.owns(array):
+            return None
+        return "cuda", device_index(array), array.dtype, array.shape, array.strides, self.pointer(array) % 16
+
+    def pointer(self, array: Any) -> int:
+        return array.__cuda_array_interface__["data"][0] or 0  # one without elements may have no memory
 
     def stream(self, like: View) -> int:
         return 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,20 @@ class NumpyAdapter:
     def empty(self, shape: tuple[int, ...], dtype: Any, like: View, layout: str = "bhnd") -> tuple[NDArray[Any], View]:
         if layout == "bnhd":
             shape = (shape[0], shape[2], shape[1], *shape[3:])
-        array = np.empty(shape, like.array.dtype if dtype is None else dtype)
+        array = self.maker(shape, like.array.dtype if dtype is None else np.dtype(dtype), like)()
         return array, self.view(array, layout)
+
+    def maker(self, shape: tuple[int, ...], dtype: np.dtype[Any], like: View) -> Callable[[], NDArray[Any]]:
+        return partial(np.empty, shape, dtype)
+
+    def key(self, array: NDArray[Any]) -> tuple[Any, ...] | None:
+        if not self.owns(array):
+            return None
+        return "cpu", array.dtype, array.shape, array.strides, self.pointer(array) % 16
+
+    def pointer(self, array: NDArray[Any]) -> int:
+        address: int = array.__array_interface__["data"][0]
+        return address
 
     def stream(self, like: View) -> int:
         return 0

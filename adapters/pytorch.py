@@ -49,6 +49,7 @@ NUMPY_TYPES = {
     torch.float64: np.dtype(np.float64),
     torch.int32: np.dtype(np.int32),
     torch.int64: np.dtype(np.int64),
+    torch.uint8: np.dtype(np.uint8),
 }
 TORCH_TYPES = {dtype.name: of_torch for of_torch, dtype in NUMPY_TYPES.items()}
 PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -144,17 +145,34 @@ class TorchAdapter:
     def empty(self, shape: tuple[int, ...], dtype: Any, like: View, layout: str = "bhnd") -> tuple[torch.Tensor, View]:
         if layout == "bnhd":
             shape = (shape[0], shape[2], shape[1], *shape[3:])
-        of_torch = TORCH_TYPES[like.dtype if dtype is None else dtype]
-        try:
-            array = torch.empty(shape, dtype=of_torch, device=like.device)
-        except RuntimeError as error:
-            # On a CPU torch has no type for it
-            told = ("allocat", "out of memory", "Storage size calculation overflowed")
-            if not any(words in str(error) for words in told):
-                raise
-            size = math.prod(shape) * of_torch.itemsize
-            raise OutOfMemoryError(f"{like.device} has no memory left for {size:,} bytes") from error
+        array = self.maker(shape, np.dtype(like.array.dtype if dtype is None else dtype), like)()
         return array, self.view(array, layout)
+
+    def maker(self, shape: tuple[int, ...], dtype: np.dtype[Any], like: View) -> Callable[[], torch.Tensor]:
+        of_torch, device = TORCH_TYPES[dtype.name], torch.device(like.device)
+
+        def make() -> torch.Tensor:
+            try:
+                return torch.empty(shape, dtype=of_torch, device=device)
+            except RuntimeError as error:
+                # On a CPU torch has no type for it
+                told = ("allocat", "out of memory", "Storage size calculation overflowed")
+                if not any(words in str(error) for words in told):
+                    raise
+                size = math.prod(shape) * of_torch.itemsize
+                raise OutOfMemoryError(f"{like.device} has no memory left for {size:,} bytes") from error
+
+        return make
+
+    def key(self, array: torch.Tensor) -> tuple[Any, ...] | None:
+        dtype = array.dtype
+        if array.layout is not torch.strided or dtype not in NUMPY_TYPES or array.is_neg():
+            return None
+        kind = "cuda" if array.is_cuda else array.device.type
+        return kind, array.get_device(), dtype, array.shape, array.stride(), array.data_ptr() % 16
+
+    def pointer(self, array: torch.Tensor) -> int:
+        return array.data_ptr()
 
     def stream(self, like: View) -> int:
         if like.device == "cpu":
@@ -417,7 +435,10 @@ def gradients(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, Any, Any]:
     if not any(needs) or (dout is None and dlse is None):
         return None, None, None
     dout = torch.zeros_like(out) if dout is None else dout
-    of = AttendBackward.apply(dout, q, k, v, out, lse, dlse, (needs, *ctx.options), *selected)
+    if goes_straight(dout, q, k, v, out, lse, *selected, *([] if dlse is None else [dlse])):
+        of = run_attend_backward(dout, q, k, v, out, lse, selected, dlse, needs, *ctx.options)
+    else:
+        of = AttendBackward.apply(dout, q, k, v, out, lse, dlse, (needs, *ctx.options), *selected)
     dq, dk, dv = (x if is_needed else None for x, is_needed in zip(of, needs))
     return dq, dk, dv
 
@@ -488,8 +509,27 @@ class ReverseOnly(torch.autograd.Function):
         return no_forward_mode()
 
 
+class EagerAttention(torch.autograd.Function):
+    """`llsa::attention` where nothing but gradients is recorded: without the dispatcher, which takes longer than the
+    call itself."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, of: dict[str, Any]) -> Any:
+        out, lse, selection = functions.attend_selected(q, k, v, **of)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, lse, *selection)
+        scale = None if of["scale"] is None else float(of["scale"])
+        options = (of["enrich"], bool(of["reweight"]), scale, of["layout"], of["backend"], of["precision"])
+        ctx.options = (selection.block_size, *options)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any, dlse: Any) -> Any:
+        return *gradients(ctx, dout, dlse), None
+
+
 class Attention(ReverseOnly):
-    """`llsa::attention`."""
+    """`llsa::attention` under the transformations of torch.func."""
 
     @staticmethod
     def forward(q: Any, k: Any, v: Any, options: Any) -> Any:
@@ -608,23 +648,34 @@ def is_tensors(x: Any) -> bool:
 
 def goes_straight(*tensors: torch.Tensor) -> bool:
     """Whether nothing but the numbers matters: no gradient is recorded, nothing is traced or mapped."""
+    return is_eager(*tensors) and not records(*tensors)
+
+
+def is_eager(*tensors: Any) -> bool:
+    """Whether these are tensors with numbers of their own, and nothing is traced, mapped or differentiated forward."""
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return False
     if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack():
         return False
-    records = torch.is_grad_enabled()
-    for x in tensors:
-        if type(x) not in PLAIN or is_functorch_wrapped_tensor(x) or (records and x.requires_grad):
-            return False
-    return True
+    return all(type(x) in PLAIN and not is_functorch_wrapped_tensor(x) for x in tensors)
+
+
+def records(*tensors: torch.Tensor) -> bool:
+    """Whether a gradient is recorded for any of these."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def is_cast(x: torch.Tensor) -> bool:
+    """Whether autocast is on where this tensor is."""
+    kind = x.device.type
+    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 
 def cast(*tensors: Any) -> list[Any]:
     """The tensors in autocast's dtype, where it is on; float64 stays, as torch's own operators have it."""
-    kind = tensors[0].device.type
-    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+    if not is_cast(tensors[0]):
         return list(tensors)
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
 
 
@@ -653,6 +704,8 @@ def attend_options(who: str, of: dict[str, Any], levels: int | None, dim: int) -
 
 def attention(*arrays: Any, **options: Any) -> Any:
     """`llsa_np.attention` on tensors."""
+    if len(arrays) == 3 and is_eager(*arrays) and not is_cast(arrays[0]):
+        return eager_attention(arrays, options)
     given = arguments("attention", arrays, options)
     if given is None:
         return plain("attention")(*arrays, **options)
@@ -672,6 +725,19 @@ def attention(*arrays: Any, **options: Any) -> Any:
         out, lse, _ = ops.attention(q, k, v, *schema)
     else:
         out, lse, *_ = Attention.apply(q, k, v, schema)
+    return (out, lse) if return_lse else out
+
+
+def eager_attention(arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """The call that nothing but autograd looks at, in the fewest steps; what it is given is checked on the way."""
+    if not records(*arrays):
+        return plain("attention")(*arrays, **options)
+    of = PARAMETERS["attention"][1] | options
+    if len(of) > len(PARAMETERS["attention"][1]):  # an option that there is not, which that will say
+        return plain("attention")(*arrays, **options)
+    return_lse = check_flag("attention", "return_lse", of.pop("return_lse"))
+    enrich = as_tuple(of["enrich"])
+    out, lse = EagerAttention.apply(*arrays, of if enrich is None else of | {"enrich": enrich})
     return (out, lse) if return_lse else out
 
 

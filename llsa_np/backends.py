@@ -21,6 +21,9 @@ NAMES: tuple[str, ...] = get_args(BackendName)[1:]
 DEVICES = {"numpy": "cpu", "numba_cuda": "cuda", "cupy_raw": "cuda"}
 """The kind of device whose arrays each backend serves."""
 
+RECORDS = ("cupy_raw",)
+"""Backends that record their launches, which plans.py enqueues."""
+
 COMPILER = {"cuda.core": "cuda-core", "cuda.bindings": "cuda-bindings"}
 PACKAGES = {"numba_cuda": {"numba": "numba", "numba_cuda": "numba-cuda"}, "cupy_raw": {"cupy": "cupy"} | COMPILER}
 """The modules that each backend imports, and the packages that bring them."""
@@ -64,8 +67,8 @@ class Room(NamedTuple):
 
     arrays: list[Any]
     """The workspace, as the backend's `spaces` asked for it, uninitialised."""
-    stream: int
-    """The address of the caller's stream, 0 for the default one and on the host."""
+    stream: Any
+    """The address of the caller's stream, 0 for the default one and on the host; the recording of those that record."""
     device: str
     dtype: str
 
@@ -178,6 +181,11 @@ def choose_compiler(case: Case) -> Backend:
     if refusals:
         raise NotImplementedError(f"{case.operation}: {'; '.join(refusals)}; no other backend compiles for an arch")
     return backend
+
+
+def recorded_devices() -> set[str]:
+    """The kinds of devices whose arrays a backend that records serves here."""
+    return {DEVICES[name] for name in RECORDS if not _reasons(name)}
 
 
 def serves_gpu() -> bool:

@@ -21,6 +21,7 @@ from llsa_np.checks import (
 )
 from llsa_np.hierarchy import Hierarchy, hierarchy_of
 from llsa_np.options import AttendOptions, Layout, check_layout
+from llsa_np.plans import Recording
 from llsa_np.selection import Selection
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -105,7 +106,7 @@ class Call(NamedTuple):
             shape = (selection.batch, selection.heads, selection.query_hierarchy.lengths[level], topk)
             check_shape(self.who, f"level {level} of selection", view, shape, "as when the Selection was made")
             check_dtype(self.who, f"level {level} of selection", view, "int32")
-        return Selection._made(tuple(view.array for view in views), *selection.made_for)
+        return selection._with_arrays(view.array for view in views)
 
     def empty_like(self, name: str) -> tuple[Any, Any]:
         """A new array of an argument's shape, dtype and layout: for the caller, and as the backend sees it."""
@@ -134,8 +135,11 @@ def naming_memory_errors(function: Function) -> Function:
 
 def lend(kernels: Backend, adapter: Adapter, like: View, work: Work) -> Room:
     """The workspace of an operation, allocated beside `like` by the caller's framework, and the caller's stream."""
+    stream = adapter.stream(like)
+    if isinstance(stream, Recording):
+        stream.uses(kernels)
     arrays = [adapter.empty(shape, dtype, like)[1].array for shape, dtype in kernels.spaces(work)]
-    return Room(arrays, adapter.stream(like), like.device, work.dtype)
+    return Room(arrays, stream, like.device, work.dtype)
 
 
 def prepare(who: str, backend: Any, layout: Any, arrays: dict[str, Any], selection: Any = NO_SELECTION) -> Call:

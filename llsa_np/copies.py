@@ -35,10 +35,13 @@ def copied_to_the_device(function: Function) -> Function:
 
     @wraps(function)
     def call(*arrays: Any, **options: Any) -> Any:
+        if arrays and not isinstance(arrays[0], np.ndarray):  # as most are; all are of one kind
+            return function(*arrays, **options)
         backend = options.get("backend", "auto")
-        named = isinstance(backend, str) and backend in ON_A_DEVICE and not backends()[backend]
+        if not isinstance(backend, str) or backend not in ON_A_DEVICE or backends()[backend]:
+            return function(*arrays, **options)
         given = dict(zip(names, arrays)) | {name: options[name] for name in ARRAYS if options.get(name) is not None}
-        if not named or not all(map(is_host, given.values())):
+        if not all(map(is_host, given.values())):
             return function(*arrays, **options)
         copies = {name: to_device(value) for name, value in given.items() if name in options}
         return to_host(function(*map(to_device, arrays), **options | copies))
@@ -59,7 +62,7 @@ def to_device(value: Any) -> Any:
     from llsa_np.gpu.numba_cuda import cuda
 
     if isinstance(value, Selection):
-        return with_arrays(value, to_device)
+        return value._with_arrays(map(to_device, value))
     if not isinstance(value, np.ndarray):
         return value
     with memory_error(value.nbytes):
@@ -75,16 +78,5 @@ def to_host(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(to_host, value))
     if isinstance(value, Selection):
-        return with_arrays(value, to_host)
+        return value._with_arrays(map(to_host, value))
     return cuda.to_host(value)
-
-
-def with_arrays(selection: Selection, convert: Callable[[Any], Any]) -> Selection:
-    """The same selection in other arrays; its values were checked, or left to their owner, before."""
-    return Selection(
-        [convert(level) for level in selection],
-        block_size=selection.block_size,
-        query_tokens=selection.query_tokens,
-        key_tokens=selection.key_tokens,
-        validate=False,
-    )

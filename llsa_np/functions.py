@@ -27,6 +27,7 @@ from llsa_np.options import (
     check_needs,
     check_topk,
 )
+from llsa_np.plans import planned
 from llsa_np.selection import Selection
 from llsa_np.wrapping import wrapped_by_frameworks
 
@@ -75,6 +76,7 @@ def attention(
 @wrapped_by_frameworks
 @naming_memory_errors
 @copied_to_the_device
+@planned
 def attention(
     q: Array,
     k: Array,
@@ -134,6 +136,7 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@planned
 def attend_selected(
     q: Array,
     k: Array,
@@ -166,6 +169,7 @@ def attend_selected(
 @wrapped_by_frameworks
 @naming_memory_errors
 @copied_to_the_device
+@planned
 def select(
     q: Array,
     k: Array,
@@ -197,6 +201,7 @@ def select(
 @wrapped_by_frameworks
 @naming_memory_errors
 @copied_to_the_device
+@planned
 def attend(
     q: Array,
     k: Array,
@@ -233,6 +238,7 @@ def attend(
 @wrapped_by_frameworks
 @naming_memory_errors
 @copied_to_the_device
+@planned
 def attend_backward(
     dout: Array,
     q: Array,
@@ -297,6 +303,7 @@ def attend_backward(
 @wrapped_by_frameworks
 @naming_memory_errors
 @copied_to_the_device
+@planned
 def pool(
     x: Array, *, block_size: int = 16, levels: int = 1, layout: Layout = "bhnd", backend: BackendName = "auto"
 ) -> tuple[Array, ...]:

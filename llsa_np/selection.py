@@ -99,6 +99,10 @@ class Selection:
         selection._fill(arrays, batch, heads, key_hierarchy, query_hierarchy, topk)
         return selection
 
+    def _with_arrays(self, arrays: Iterable[Any]) -> Selection:
+        """The same selection in other arrays, whose values were checked, or left to their owner, before."""
+        return self._made(tuple(arrays), *self.made_for)
+
     def _fill(self, *values: Any) -> None:
         """values: in the order of __slots__."""
         for name, value in zip(self.__slots__, values, strict=True):

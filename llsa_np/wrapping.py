@@ -34,7 +34,8 @@ def wrapped_by_frameworks(function: Function) -> Function:
             framework = sys.modules.get(package)
             if framework is not None:
                 arrays_type = getattr(framework, kind, ())  # half imported, it has none
-                if any(isinstance(x, arrays_type) for x in (*arrays, *options.values())):
+                first = bool(arrays) and isinstance(arrays[0], arrays_type)
+                if first or any(isinstance(x, arrays_type) for x in (*arrays[1:], *options.values())):
                     return getattr(wrapper(), name)(*arrays, **options)
         return function(*arrays, **options)
 

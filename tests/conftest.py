@@ -1,6 +1,7 @@
 """Backends and frameworks as parameters, poisoned outputs, and the last lines that say what ran."""
 
 import os
+import sys
 from collections import Counter
 
 import frameworks
@@ -95,7 +96,16 @@ def pytest_runtest_call(item):
 
 
 def poison(array):
-    """NaN everywhere, or indices that are out of range."""
+    """NaN everywhere, or indices that are out of range; in a workspace of bytes both, whatever they are read as."""
+    if str(array.dtype) in ("uint8", "torch.uint8"):
+        value = 0x7FFF
+        if hasattr(array, "fill_"):
+            array.view(sys.modules["torch"].int16).fill_(value)
+        elif hasattr(array, "fill"):
+            array.view(np.int16).fill(value)
+        else:
+            array.copy_to_device(np.full(array.size // 2, value, np.int16).view(np.uint8))
+        return
     if hasattr(array, "fill_"):  # a tensor, of torch's own dtypes
         array.fill_(np.nan if array.is_floating_point() else 2**30)
         return
@@ -127,18 +137,23 @@ def poisoned_outputs():
         from llsa_np.adapters.cupy_arrays import CupyAdapter
 
         adapters["cupy"] = CupyAdapter
-    plain = {adapter: adapter.empty for adapter in adapters.values()}
+    plain = {adapter: adapter.maker for adapter in adapters.values()}
 
-    def poisoned(self, *args, **kwargs):
-        array, view = plain[type(self)](self, *args, **kwargs)
-        poison(array)
-        return array, view
+    def poisoned(self, *args):
+        make = plain[type(self)](self, *args)
+
+        def made():
+            array = make()
+            poison(array)
+            return array
+
+        return made
 
     for adapter in plain:
-        adapter.empty = poisoned
+        adapter.maker = poisoned
     yield
-    for adapter, empty in plain.items():
-        adapter.empty = empty
+    for adapter, maker in plain.items():
+        adapter.maker = maker
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -1,6 +1,6 @@
 """The CUDA C++ kernels on the CPU: their sources compiled by g++ with the headers of tests/emulator/, on NumPy arrays.
 
-`install()` puts this in the place of NVRTC and CuPy's launch, so that `backend="cupy_raw"` serves NumPy arrays.
+`install()` puts this in the place of NVRTC and of what CuPy enqueues, so that `backend="cupy_raw"` serves NumPy arrays.
 """
 
 import ctypes
@@ -15,7 +15,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent / "emulator"
 KERNELS = Path(__file__).parent.parent / "gpu" / "cupy_raw"
-FLAGS = ("-std=c++20", "-O1", "-fPIC", "-shared", "-w")
+# Hidden, or the loader would take one library's shared memory for that of another specialisation, which may be larger
+FLAGS = ("-std=c++20", "-O1", "-fPIC", "-shared", "-w", "-fvisibility=hidden")
 
 
 KERNELS_OF = {
@@ -32,11 +33,12 @@ KERNELS_OF = {
 HEAD = """
 #include "cuda.h"
 #define select select_candidates  // the C library has a function of this name
+#define SEEN extern "C" __attribute__((visibility("default")))
 #define main_of(name) \\
-    extern "C" void run_##name(const void* a, int blocks, int threads, int shared) { \\
+    SEEN void run_##name(const void* a, int blocks, int threads, int shared) { \\
         run_it(name, a, blocks, threads, shared); \\
     } \\
-    extern "C" int size_of_##name() { return size_of(name); }
+    SEEN int size_of_##name() { return size_of(name); }
 template <class A> void run_it(void (*kernel)(A), const void* a, int blocks, int threads, int shared) {
     emulator::launch(blocks, threads, shared, [&] { kernel(*static_cast<const A*>(a)); });
 }
@@ -64,14 +66,18 @@ def library(source, defines):
     return ctypes.CDLL(str(built))
 
 
-def launch(kernel, blocks, arguments, stream):
-    if blocks == 0:
-        return
+def starter(launch):
+    kernel, packed = launch.kernel, launch.struct.size
     functions = library(kernel.source, kernel.defines)
     size = getattr(functions, f"size_of_{kernel.name}")()
-    assert size == len(arguments), f"{kernel.name}: its struct has {size} bytes, what is packed {len(arguments)}"
-    assert stream == 0
-    getattr(functions, f"run_{kernel.name}")(arguments, blocks, kernel.threads, kernel.shared_bytes)
+    assert size == packed, f"{kernel.name}: its struct has {size} bytes, what is packed {packed}"
+    run = getattr(functions, f"run_{kernel.name}")
+
+    def start(arguments, stream):
+        assert stream == 0
+        run(ctypes.c_void_p.from_address(arguments), launch.blocks, kernel.threads, kernel.shared_bytes)
+
+    return start
 
 
 def install():
@@ -80,14 +86,6 @@ def install():
     backends.DEVICES["cupy_raw"] = "cpu"
     found = backends._reasons
     backends._reasons = lambda name: () if name == "cupy_raw" else found(name)
-    ours = {
-        "launch": launch,
-        "pointer": lambda x: x.__array_interface__["data"][0],
-        "on_device": lambda _: nullcontext(),
-    }
     importlib.import_module("llsa_np.copies").ON_A_DEVICE = ("numba_cuda",)
-    for name in ("program", "pool", "select", "attend", "attend_backward", "transpose", "backend"):
-        module = importlib.import_module(f"llsa_np.gpu.cupy_raw.{name}")
-        for attribute, value in ours.items():
-            if hasattr(module, attribute):
-                setattr(module, attribute, value)
+    program = importlib.import_module("llsa_np.gpu.cupy_raw.program")
+    program.starter, program.on_device = starter, lambda _: nullcontext()

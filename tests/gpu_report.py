@@ -1,9 +1,9 @@
 """`make gpu-report`: what a GPU says of this code, into docs/measurements/<card>.json.
 
 Parts: the suite on this GPU; compute-sanitizer's memcheck, racecheck and initcheck over a small set of calls; speed,
-beside dense attention through PyTorch in the same process; errors over their bounds; whether runs repeat each other;
-and steps, the forms of one step beside each other. Each is kept by backend. What is run alone is merged into the file;
-what the file says of kernels that have changed since is dropped from it.
+beside dense attention through PyTorch in the same process; overhead, what calls cost the host; errors over their
+bounds; whether runs repeat each other; and steps, the forms of one step beside each other. Each is kept by backend.
+What is run alone is merged into the file; what the file says of kernels that have changed since is dropped from it.
 """
 
 import argparse
@@ -31,6 +31,7 @@ SUITE = (
     "test_edges",
     "test_merge",
     "test_threads",
+    "test_pytorch_cuda",
 )
 TOOLS = ("memcheck", "racecheck", "initcheck")
 
@@ -48,8 +49,8 @@ def main():
     report |= {"card": card, "driver": driver, "python": platform.python_version(), "versions": versions()}
     for part in PARTS if args.part == "all" else (args.part,):
         for backend in BACKENDS if args.backend == "all" else (args.backend,):
-            if part == "steps" and backend != "numba_cuda":
-                continue  # the others tell each step in one form
+            if {"steps": "numba_cuda", "overhead": "cupy_raw"}.get(part, backend) != backend:
+                continue  # only Numba tells steps in several forms, and only CUDA C++ is launched by plans
             # No times of kernels whose results have not been seen to be right
             for what in ["errors"] * (part == "speed" and backend not in report.get("errors", {})) + [part]:
                 add(report, what, backend, MAKE[what](args, backend))
@@ -187,6 +188,13 @@ def speed(args, backend):
     return rows
 
 
+def overhead(_, backend):
+    """What calls cost the host."""
+    import gpu_overhead
+
+    return list(gpu_overhead.rows(backend))
+
+
 def steps(_, backend):
     """Milliseconds of each form of a step that the Numba kernels tell in more than one, on the same arrays: all else
     that the call does (pooling, before selection) is in it as well, and is told as its own form."""
@@ -245,6 +253,7 @@ MAKE = {
     "errors": errors,
     "repeats": repeats,
     "speed": speed,
+    "overhead": overhead,
     "steps": steps,
 }
 PARTS = tuple(MAKE)

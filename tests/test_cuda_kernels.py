@@ -25,6 +25,8 @@ import llsa_np as llsa
 
 pytest.importorskip("cuda.core", reason="cuda-core is not installed")
 
+from llsa_np import plans
+from llsa_np.adapters import numpy_arrays
 from llsa_np.copies import to_device
 from llsa_np.gpu.cupy_raw import attend, attend_backward, pool, program, select, transpose
 from llsa_np.gpu.cupy_raw.levels import LEVEL, MOST_LEVELS
@@ -334,6 +336,7 @@ class FakeCuPy:
         self.fails_at_load = self.fails_at_once = None
         runtime = SimpleNamespace(
             getDevice=lambda: 0,
+            setDevice=self.set_device,
             getDeviceCount=self.count,
             runtimeGetVersion=lambda: 13020,
             CUDARuntimeError=self.CUDARuntimeError,
@@ -353,6 +356,9 @@ class FakeCuPy:
             Module=lambda: SimpleNamespace(load=self.load, get_function=self.function),
         )
 
+    def set_device(self, device):
+        self.device = device
+
     def count(self):
         if self.fails_at_once:
             raise self.CUDARuntimeError(self.fails_at_once)
@@ -371,7 +377,7 @@ class FakeCuPy:
 def cupy(monkeypatch):
     """FakeCuPy as the installed one, and nothing loaded yet."""
     fake = FakeCuPy()
-    caches = (program.architecture, program.check_driver)
+    caches = (program.architecture, program.cuda_runtime)
     monkeypatch.setitem(sys.modules, "cupy", fake.module)
     monkeypatch.setattr(program, "_functions", {})
     monkeypatch.setattr(program, "_modules", {})
@@ -564,12 +570,13 @@ def test_a_driver_that_cupy_does_not_take(cupy, machine):
     machine.driver = 12040
     cupy.fails_at_once = "cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version"
     told = r"CuPy, built for CUDA 13\.2, cannot use the NVIDIA driver, of CUDA 12\.4: cudaErrorInsufficientDriver.*580"
-    for call in (lambda: program.on_device("cuda:0"), lambda: program.precompile([QUICK], None)):
+    for call in (lambda: program.on_device(0).__enter__(), lambda: program.precompile([QUICK], None)):
         with pytest.raises(RuntimeError, match=told) as caught:
             call()
         assert isinstance(caught.value.__cause__, FakeCuPy.CUDARuntimeError)
     cupy.fails_at_once = None
-    program.on_device("cuda:0")
+    with program.on_device(0):
+        assert cupy.device == 0
 
 
 @on_compiler
@@ -610,8 +617,8 @@ STRUCTS = {
     ("levels.cuh", "Level"): LEVEL,
     ("pool.cu", "Arguments"): pool.ARGUMENTS.format,
     ("select.cu", "Arguments"): select.ARGUMENTS.format,
-    ("attend.cu", "Arguments"): attend.ARGUMENTS.format + LEVEL * MOST_LEVELS,
-    ("attend_backward.cu", "Arguments"): attend_backward.ARGUMENTS.format + LEVEL * MOST_LEVELS,
+    ("attend.cu", "Arguments"): attend.ARGUMENTS.format,
+    ("attend_backward.cu", "Arguments"): attend_backward.ARGUMENTS.format,
     ("transpose.cu", "Arguments"): transpose.ARGUMENTS.format,
     ("unpool.cu", "Arguments"): attend_backward.UNPOOL.format,
     ("unpool.cu", "Finish"): attend_backward.FINISH.format,
@@ -748,7 +755,12 @@ def test_transpose_is_stable(batch, group, length, columns, parents):
     spare = row_count * columns // split
     of = transpose.Lists(length, row_count, columns, parents, ranges, run, 4, 4, split, spare)
     starts, rows, items = (np.full(size, 2**30, np.int32) for size in transpose.transpose_spaces(lists, of))
-    transpose.transpose(selected, of, kv_heads, starts, rows, items, 0)
+    recording = plans.Recording()
+    arrays = (selected, starts, rows, items)
+    stand_ins = [recording.argument(x, numpy_arrays.adapter) for x in arrays]
+    transpose.transpose(stand_ins[0], of, kv_heads, *stand_ins[1:], recording)
+    launches = program.Launches(recording.launches, {x.ptr: (i, 0) for i, x in enumerate(stand_ins)}, "cpu")
+    launches([numpy_arrays.adapter.pointer(x) for x in arrays], 0)
     ends = starts.reshape(lists, -1)[:, ranges - 1 :: ranges][:, :parents]
     rows, items = rows.reshape(lists, -1), items.reshape(lists, -1)
     for i_list, of_list in enumerate(selected.reshape(lists, row_count, columns)):

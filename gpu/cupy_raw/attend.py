@@ -7,14 +7,13 @@ from functools import cache
 from struct import Struct
 from typing import Any, NamedTuple
 
-from llsa_np.gpu.cupy_raw.levels import pack_levels
-from llsa_np.gpu.cupy_raw.program import ARRAY, Kernel, array, is_whole, launch, pointer
+from llsa_np.gpu.cupy_raw.levels import LEVEL, MOST_LEVELS, level_values
+from llsa_np.gpu.cupy_raw.program import ARRAY, Kernel, array, is_whole, launch
 from llsa_np.gpu.cupy_raw.specialisations import Tile, tile_for
 from llsa_np.hierarchy import Hierarchy
 from llsa_np.options import AttendOptions
 
-ARGUMENTS = Struct(f"{ARRAY}{ARRAY}Q7if")
-"""Without the levels, of which there are as many as take part."""
+ARGUMENTS = Struct(f"{ARRAY}{ARRAY}Q7if{LEVEL * MOST_LEVELS}")
 
 
 class Split(NamedTuple):
@@ -83,7 +82,7 @@ def attend(
     out: Any,
     lse: Any,
     dtype: str,
-    stream: int,
+    recording: Any,
 ) -> None:
     """out and lse of all queries."""
     batch, heads, queries, dim = q.shape
@@ -91,11 +90,12 @@ def attend(
     tile = tile_for(dtype, max(dim, value_dim))
     of_q, of_out = array(q), array(out)
     of_k, of_v = [array(x) for x in k_levels], [array(x) for x in v_levels]
-    arguments = ARGUMENTS.pack(
-        *(*of_q, *of_out, pointer(lse)),
+    values = (
+        *(*of_q, *of_out, lse.ptr),
         *(heads, k_levels[0].shape[1], queries, dim, value_dim, hierarchy.block_size.bit_length() - 1),
         *(len(options.levels), options.scale * math.log2(math.e)),
+        *level_values(of_k, of_v, selected, hierarchy, options),
     )
-    arguments += pack_levels(of_k, of_v, selected, hierarchy, options)
     kernel = attend_kernel(tile, is_whole(dtype, of_q, of_out, *of_k, *of_v))
-    launch(kernel, batch * heads * -(-queries // queries_of_block(kernel, hierarchy.block_size)), arguments, stream)
+    blocks = batch * heads * -(-queries // queries_of_block(kernel, hierarchy.block_size))
+    launch(kernel, blocks, ARGUMENTS, values, recording)

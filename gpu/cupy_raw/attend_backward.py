@@ -8,8 +8,8 @@ from struct import Struct
 from typing import Any, NamedTuple
 
 from llsa_np.gpu.cupy_raw.attend import attend_kernel, queries_of_block
-from llsa_np.gpu.cupy_raw.levels import log_counts, pack_levels
-from llsa_np.gpu.cupy_raw.program import ARRAY, NO_ARRAY, Kernel, array, is_whole, launch, pointer
+from llsa_np.gpu.cupy_raw.levels import LEVEL, MOST_LEVELS, level_values, log_counts
+from llsa_np.gpu.cupy_raw.program import ARRAY, NO_ARRAY, Kernel, array, is_whole, launch
 from llsa_np.gpu.cupy_raw.specialisations import PORTABLE_SHARED, Tile, tile_for
 from llsa_np.gpu.cupy_raw.transpose import Lists, lists_of, transpose, transpose_kernels, transpose_spaces
 from llsa_np.hierarchy import Hierarchy
@@ -17,7 +17,7 @@ from llsa_np.options import AttendOptions
 
 Spaces = list[tuple[tuple[int, ...], str]]
 
-ARGUMENTS = Struct(f"{ARRAY * 10}Q3Q2Q2Q2Q9i11i2i4f0q")
+ARGUMENTS = Struct(f"{ARRAY * 10}Q3Q2Q2Q2Q9i11i2i4f0q{LEVEL * MOST_LEVELS}")
 UNPOOL = Struct("3Q7i2f0q")
 FINISH = Struct(f"4Q{ARRAY}8i0q")
 CLEAR = Struct("Qq")
@@ -217,7 +217,7 @@ def attend_backward(
     dv: Any | None,
     spaces: list[Any],
     dtype: str,
-    stream: int,
+    recording: Any,
 ) -> None:
     """dq, dk and dv, each unless None."""
     batch, heads, queries, dim = q.shape
@@ -226,8 +226,8 @@ def attend_backward(
     for gradient in (dk, dv):
         if gradient is not None and group == 0:  # keys that no query head reads
             size = gradient.size * gradient.dtype.itemsize
-            clear = CLEAR.pack(pointer(gradient) if size else 0, size)
-            launch(unpool_kernel("clear", dtype), -(-size // UNPOOL_THREADS), clear, stream)
+            clear = unpool_kernel("clear", dtype)
+            launch(clear, -(-size // UNPOOL_THREADS), CLEAR, (gradient.ptr, size), recording)
     if group == 0 or batch == 0:
         return
 
@@ -240,41 +240,39 @@ def attend_backward(
     of_k, of_v = [array(x) for x in k_levels], [array(x) for x in v_levels]
     gradients = [NO_ARRAY if x is None else array(x) for x in (dq, dk, dv)]
     whole = is_whole(dtype, of_q, of_dout, of_out, *of_k, *of_v, *(x for x in gradients if x is not NO_ARRAY))
-    levels = pack_levels(of_k, of_v, selected, hierarchy, options)
+    levels = level_values(of_k, of_v, selected, hierarchy, options)
     ends = (
         *of_out,
         *(NO_ARRAY if dlse is None else (*array(dlse), 0)),
         *(*array(lse), 0),
         *(value for x in gradients for value in x),
-        *(pointer(rows_of), pointer(starts), pointer(rows), pointer(items)),
+        *(rows_of.ptr, starts.ptr, rows.ptr, items.ptr),
     )
     block_bits = hierarchy.block_size.bit_length() - 1
 
-    def arguments(level: int, of: Lists | None = None, need_k: bool = False, need_v: bool = False) -> bytes:
+    def arguments(level: int, of: Lists | None = None, need_k: bool = False, need_v: bool = False) -> tuple[Any, ...]:
         """The struct of attend_backward.cu, for one level on the keys' side."""
         is_coarse = level > 0 and of is not None
         has_above = level == 0 and used > 0
         return (
-            ARGUMENTS.pack(
-                *(*of_dout, *of_q, *of_k[level], *of_v[level], *ends),
-                *(pointer(k_sums[level]) if is_coarse and need_k else 0,),
-                *(pointer(v_sums[level]) if is_coarse and need_v else 0,),
-                *(pointer(k_parts), pointer(v_parts)),
-                *(pointer(k_sums[1]) if has_above and need_k else 0,),
-                *(pointer(v_sums[1]) if has_above and need_v else 0,),
-                *(batch, heads, kv_heads, queries, padded(queries), dim, value_dim, block_bits, len(options.levels)),
-                *(hierarchy.lengths[level], *(NO_LISTS if of is None else of)),
-                *dense_pieces(queries, group, hierarchy.lengths[level]),
-                *(options.scale * math.log2(math.e), options.scale, *log_counts(level, hierarchy, options.reweight)),
-            )
-            + levels
+            *(*of_dout, *of_q, *of_k[level], *of_v[level], *ends),
+            *(k_sums[level].ptr if is_coarse and need_k else 0,),
+            *(v_sums[level].ptr if is_coarse and need_v else 0,),
+            *(k_parts.ptr, v_parts.ptr),
+            *(k_sums[1].ptr if has_above and need_k else 0,),
+            *(v_sums[1].ptr if has_above and need_v else 0,),
+            *(batch, heads, kv_heads, queries, padded(queries), dim, value_dim, block_bits, len(options.levels)),
+            *(hierarchy.lengths[level], *(NO_LISTS if of is None else of)),
+            *dense_pieces(queries, group, hierarchy.lengths[level]),
+            *(options.scale * math.log2(math.e), options.scale, *log_counts(level, hierarchy, options.reweight)),
+            *levels,
         )
 
     any_kernels = kernels_of_launches(tile, whole, dk is not None, dv is not None)[0]
-    launch(any_kernels.prepare, -(-batch * heads * padded(queries) // 16), arguments(0), stream)
+    launch(any_kernels.prepare, -(-batch * heads * padded(queries) // 16), ARGUMENTS, arguments(0), recording)
     if dq is not None:
         blocks = batch * heads * -(-queries // queries_of_block(any_kernels.query_gradient, hierarchy.block_size))
-        launch(any_kernels.query_gradient, blocks, arguments(0), stream)
+        launch(any_kernels.query_gradient, blocks, ARGUMENTS, arguments(0), recording)
     launches = needs_of_launches(tile, dk is not None, dv is not None)
     if not launches:
         return
@@ -293,41 +291,42 @@ def attend_backward(
             for need_k, need_v in launches:
                 kernel = gradient_kernels(tile, whole, need_k, need_v).key_gradient_dense
                 key_groups = -(-hierarchy.lengths[level] // (kernel.threads // 2))
-                launch(kernel, lists * pieces * key_groups, arguments(level, None, need_k, need_v), stream)
+                values = arguments(level, None, need_k, need_v)
+                launch(kernel, lists * pieces * key_groups, ARGUMENTS, values, recording)
         elif takes_part:
             of = lists_of(level, hierarchy, query_hierarchy, selected[level].shape[3], group)
-            transpose(selected[level], of, kv_heads, starts, rows, items, stream)
+            transpose(selected[level], of, kv_heads, starts, rows, items, recording)
             units = (of.parents + of.spare) * max(1, hierarchy.block_size // 16)
             for need_k, need_v in launches:
                 kernels = gradient_kernels(tile, whole, need_k, need_v)
                 # On coarse levels lists are long: whole groups of queries
                 kernel = kernels.key_gradient if level == 0 else kernels.key_gradient_joint
-                launch(kernel, lists * units, arguments(level, of, need_k, need_v), stream)
+                launch(kernel, lists * units, ARGUMENTS, arguments(level, of, need_k, need_v), recording)
             if of.spare:
                 # Few lists of level 0 are cut, but most of the coarse levels, where there may be as few as 16 parents:
                 # with 32 of them to a block, it took 0.28 ms of an H100 at 65,536 tokens and L = 3; now 0.013.
                 of_block = 32 if level == 0 else 1
                 for gradient, parts, of_levels in wanted:
-                    finish = FINISH.pack(
-                        *(pointer(items), pointer(parts), pointer(of_levels[1]) if has_above and level == 0 else 0),
-                        *(pointer(of_levels[level]) if level > 0 else 0, *array(gradient)),
+                    finish = (
+                        *(items.ptr, parts.ptr, of_levels[1].ptr if has_above and level == 0 else 0),
+                        *(of_levels[level].ptr if level > 0 else 0, *array(gradient)),
                         *(kv_heads, lists, of.parents, of.spare, hierarchy.lengths[level], gradient.shape[3]),
                         *(block_bits, of_block),
                     )
                     # An odd number, so that where parents are a power of two, the same ones of other lists are another
                     # block's
                     blocks = -(-lists * of.parents // of_block) | 1
-                    launch(unpool_kernel("finish", dtype), blocks, finish, stream)
+                    launch(unpool_kernel("finish", dtype), blocks, FINISH, finish, recording)
         if level == 0:
             return
         for _, parts, of_levels in wanted:
             sums_here, dims = of_levels[level], of_levels[level].shape[2]
-            own = 0 if not takes_part else pointer(parts) if is_dense else pointer(sums_here)
+            own = 0 if not takes_part else parts.ptr if is_dense else sums_here.ptr
             length, of_block = hierarchy.lengths[level], UNPOOL_THREADS // (dims // 4)
-            unpool = UNPOOL.pack(
-                *(own, pointer(of_levels[level + 1]) if has_above else 0, pointer(sums_here), lists * length),
+            unpool = (
+                *(own, of_levels[level + 1].ptr if has_above else 0, sums_here.ptr, lists * length),
                 *(pieces, length, hierarchy.lengths[level + 1] if has_above else 0, dims, block_bits, of_block),
                 *(min(hierarchy.stride(level), hierarchy.tokens), hierarchy.last_count(level)),
             )
-            launch(unpool_kernel("unpool", dtype), -(-lists * length // of_block), unpool, stream)
+            launch(unpool_kernel("unpool", dtype), -(-lists * length // of_block), UNPOOL, unpool, recording)
         has_above = True

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels as a backend: what they serve, and the call of each operation."""
+"""The CUDA C++ kernels as a backend: what they serve, and what each operation launches, which is recorded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from llsa_np.backends import Case, Room, Work
 from llsa_np.gpu.cupy_raw.attend import attend, attend_kernel
 from llsa_np.gpu.cupy_raw.attend_backward import attend_backward, backward_kernels, backward_spaces
 from llsa_np.gpu.cupy_raw.pool import pool, pool_kernels, pool_spaces
-from llsa_np.gpu.cupy_raw.program import BYTES, on_device, precompile
+from llsa_np.gpu.cupy_raw.program import BYTES, Launches, precompile
 from llsa_np.gpu.cupy_raw.select import select, select_kernel
 from llsa_np.gpu.cupy_raw.specialisations import (
     BLOCK_SIZES,
@@ -69,17 +69,19 @@ class CupyRawBackend:
             kernels += backward_kernels(wider, whole) if backward else []
         precompile(kernels, arch)
 
+    def prepared(self, launches: list[Any], places: dict[int, tuple[int, int]], device: str) -> Launches:
+        """What was recorded, ready to be enqueued."""
+        return Launches(launches, places, device)
+
     def pool(self, x: Any, hierarchy: Hierarchy, out: list[Any], room: Room) -> None:
         """Fill levels 1..L."""
-        with on_device(room.device):
-            pool(x, hierarchy, out, room.arrays, room.dtype, room.stream)
+        pool(x, hierarchy, out, room.arrays, room.dtype, room.stream)
 
     def select(
         self, q_levels: list[Any], k_levels: list[Any], hierarchy: Hierarchy, out: list[Any], room: Room
     ) -> None:
         """Fill S_1 .. S_L."""
-        with on_device(room.device):
-            select(q_levels, k_levels, hierarchy, out, room.dtype, room.stream)
+        select(q_levels, k_levels, hierarchy, out, room.dtype, room.stream)
 
     def attend(
         self,
@@ -93,9 +95,8 @@ class CupyRawBackend:
         room: Room,
     ) -> None:
         """Fill out and lse."""
-        with on_device(room.device):
-            hierarchy, selected = selection.key_hierarchy, list(selection)
-            attend(q, k_levels, v_levels, selected, hierarchy, options, out, lse, room.dtype, room.stream)
+        hierarchy, selected = selection.key_hierarchy, list(selection)
+        attend(q, k_levels, v_levels, selected, hierarchy, options, out, lse, room.dtype, room.stream)
 
     def attend_backward(
         self,
@@ -114,26 +115,25 @@ class CupyRawBackend:
         room: Room,
     ) -> None:
         """Fill dq, dk and dv, each unless None."""
-        with on_device(room.device):
-            attend_backward(
-                dout,
-                q,
-                k_levels,
-                v_levels,
-                out,
-                lse,
-                dlse,
-                list(selection),
-                selection.query_hierarchy,
-                selection.key_hierarchy,
-                options,
-                dq,
-                dk,
-                dv,
-                room.arrays,
-                room.dtype,
-                room.stream,
-            )
+        attend_backward(
+            dout,
+            q,
+            k_levels,
+            v_levels,
+            out,
+            lse,
+            dlse,
+            list(selection),
+            selection.query_hierarchy,
+            selection.key_hierarchy,
+            options,
+            dq,
+            dk,
+            dv,
+            room.arrays,
+            room.dtype,
+            room.stream,
+        )
 
 
 backend = CupyRawBackend()

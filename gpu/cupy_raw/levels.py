@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from struct import calcsize, pack
 from typing import Any
 
 from llsa_np.gpu.cupy_raw.program import ARRAY, NO_ARRAY, Packed, array
@@ -17,7 +16,7 @@ MOST_BITS = 62
 
 LEVEL = f"{ARRAY}{ARRAY}{ARRAY}5i2f0q"
 """`Level` of levels.cuh, for `struct.pack`."""
-LEVEL_BYTES = calcsize(LEVEL)
+LEVEL_VALUES = 3 * 5 + 5 + 2
 
 
 @lru_cache
@@ -49,12 +48,13 @@ def level_argument(
     return *k, *v, *array(rows), span_bits, *sizes, *ends
 
 
-def pack_levels(
+def level_values(
     k_levels: list[Packed], v_levels: list[Packed], selected: list[Any], hierarchy: Hierarchy, options: AttendOptions
-) -> bytes:
-    """The levels that take part, coarsest first, as an array of MOST_LEVELS."""
-    packed = b"".join(
-        pack(LEVEL, *level_argument(level, k_levels[level], v_levels[level], selected, hierarchy, options.reweight))
+) -> list[Any]:
+    """The values of MOST_LEVELS: the levels that take part, coarsest first, then zeros."""
+    values = [
+        value
         for level in options.levels
-    )
-    return packed.ljust(MOST_LEVELS * LEVEL_BYTES, b"\0")
+        for value in level_argument(level, k_levels[level], v_levels[level], selected, hierarchy, options.reweight)
+    ]
+    return values + [0] * (MOST_LEVELS * LEVEL_VALUES - len(values))

@@ -6,7 +6,7 @@ from functools import cache, lru_cache
 from struct import Struct
 from typing import Any
 
-from llsa_np.gpu.cupy_raw.program import ARRAY, NO_ARRAY, Kernel, array, is_whole, launch, pointer
+from llsa_np.gpu.cupy_raw.program import ARRAY, NO_ARRAY, Kernel, array, is_whole, launch
 from llsa_np.hierarchy import Hierarchy
 
 Spaces = list[tuple[tuple[int, ...], str]]
@@ -38,7 +38,7 @@ def pool_spaces(batch: int, heads: int, dim: int, hierarchy: Hierarchy) -> Space
     return [((batch, heads, hierarchy.lengths[level], dim), "float32") for level in range(2, hierarchy.levels, 2)]
 
 
-def pool(x: Any, hierarchy: Hierarchy, out: list[Any], spaces: list[Any], dtype: str, stream: int) -> None:
+def pool(x: Any, hierarchy: Hierarchy, out: list[Any], spaces: list[Any], dtype: str, recording: Any) -> None:
     """out[l - 1] = level l of x, l = 1..L."""
     batch, heads, _, dim = x.shape
     children = array(x)
@@ -47,9 +47,9 @@ def pool(x: Any, hierarchy: Hierarchy, out: list[Any], spaces: list[Any], dtype:
         means, upper = array(out[level - 1]), out[level] if is_two else None
         sums = spaces[(level - 1) // 2] if goes_on else None
         lengths = hierarchy.lengths
-        arguments = ARGUMENTS.pack(
+        values = (
             *(*children, *means, *(array(upper) if is_two else NO_ARRAY)),
-            *(pointer(sums) if goes_on else 0, heads),
+            *(0 if sums is None else sums.ptr, heads),
             *(lengths[level - 1], lengths[level], lengths[level + 1] if is_two else 0, dim),
             *(*counts(level, hierarchy), *(counts(level + 1, hierarchy) if is_two else (0, 0))),
         )
@@ -57,7 +57,7 @@ def pool(x: Any, hierarchy: Hierarchy, out: list[Any], spaces: list[Any], dtype:
         blocks = batch * heads * uppers * -(-dim // CHUNK)
         whole = is_whole(dtype if level == 1 else "float32", children) and is_whole(dtype, means)
         name = "pool" if level == 1 else "pool_sums"
-        launch(pool_kernel(name, dtype, hierarchy.block_size, whole), blocks, arguments, stream)
+        launch(pool_kernel(name, dtype, hierarchy.block_size, whole), blocks, ARGUMENTS, values, recording)
         children = array(sums) if goes_on else NO_ARRAY
 
 

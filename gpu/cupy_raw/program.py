@@ -1,4 +1,4 @@
-"""Compiling a kernel with NVRTC, keeping what was compiled, and launching it through CuPy.
+"""Compiling a kernel with NVRTC, keeping what was compiled, recording launches and running them through CuPy.
 
 One path with and without a GPU: `cuda.core.Program` compiles to machine code for a named architecture, a cache on disk
 keeps that code, and `cupy.cuda.Module` loads it. LLSA_CACHE_DIR moves the cache.
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from struct import Struct, calcsize
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -42,16 +45,10 @@ class Kernel(NamedTuple):
 # --- arguments: a struct by value, packed as C lays it out
 
 ARRAY = "Q4q"
-"""`Array` of numbers.cuh, for `struct.pack`."""
+"""`Array` of numbers.cuh, for `struct.pack`. Q is a pointer, here as everywhere."""
+WORD = 8
+"""Bytes of a pointer, at multiples of which they lie in a struct."""
 NO_ARRAY = (0, 0, 0, 0, 0)
-
-
-def pointer(x: Any) -> int:
-    """Where an array begins: of CuPy by its own accessor, of others by the CUDA array interface."""
-    try:
-        return x.data.ptr  # type: ignore[no-any-return]
-    except AttributeError:
-        return x.__cuda_array_interface__["data"][0] or 0  # an array without elements may have no memory
 
 
 Packed = tuple[int, ...]
@@ -61,7 +58,7 @@ Packed = tuple[int, ...]
 def array(x: Any) -> Packed:
     """Where an array begins, and its strides in elements; of an axis of size 1 none, whatever the array says."""
     size = x.dtype.itemsize
-    return (pointer(x), *[0 if n <= 1 else stride // size for n, stride in zip(x.shape, x.strides)])
+    return (x.ptr, *[0 if n <= 1 else stride // size for n, stride in zip(x.shape, x.strides)])
 
 
 def is_whole(dtype: str, *arrays: Packed) -> bool:
@@ -252,43 +249,102 @@ def architecture(device: int) -> str:
     return f"sm_{cupy.cuda.Device(device).compute_capability}"
 
 
-def launch(kernel: Kernel, blocks: int, arguments: bytes, stream: int) -> None:
-    """Enqueue a kernel on the stream at an address, as a row of blocks; nothing if there are none. arguments: the
-    struct that it takes."""
+class Launch(NamedTuple):
+    """A kernel and what it is launched with, as a row of blocks."""
+
+    kernel: Kernel
+    blocks: int
+    struct: Struct
+    """Which it takes."""
+    values: tuple[Any, ...]
+    """Of the struct; where arrays begin, their stand-ins' addresses."""
+
+
+def launch(kernel: Kernel, blocks: int, struct: Struct, values: tuple[Any, ...], recording: Any) -> None:
+    """Record a launch; nothing if there are no blocks."""
     if blocks:
-        struct = (np.void(arguments),)
-        function(kernel)((blocks, 1, 1), (kernel.threads, 1, 1), struct, kernel.shared_bytes, stream_at(stream))
+        recording.launches.append(Launch(kernel, blocks, struct, values))
 
 
 @cache
-def stream_at(address: int) -> Any:
-    """The caller's stream."""
+def pointers_of(form: str) -> tuple[int, ...]:
+    """Where the pointers are in a struct of this format, whose letter is Q."""
+    return tuple(
+        calcsize(form[: found.start()]) + 8 * i
+        for found in re.finditer(r"(\d*)Q", form)
+        for i in range(int(found[1] or 1))
+    )
+
+
+class Launches:
+    """The launches of a call in their order. Their arguments stay in host memory, where only pointers change."""
+
+    def __init__(self, launches: list[Launch], places: dict[int, tuple[int, int]], device: str) -> None:
+        """places: of every stand-in's address, which array of the call it is in and how many bytes from its start."""
+        self.device, self.lock = int(device.partition(":")[2] or 0), Lock()
+        packed = b"".join(launch.struct.pack(*launch.values) for launch in launches)
+        self.words = np.frombuffer(bytearray(packed), np.uint64)
+        starts = np.cumsum([0, *(launch.struct.size for launch in launches)])
+        pointers = [start + offset for start, x in zip(starts, launches) for offset in pointers_of(x.struct.format)]
+        at = np.array(pointers) // WORD
+        self.at = at[self.words[at] != 0]
+        self.arrays, offsets = np.array([places[int(address)] for address in self.words[self.at]]).T
+        self.offsets = offsets.astype(np.uint64)
+        # A launch takes the address of a list, here of one, of addresses of arguments.
+        self.lists = self.words.ctypes.data + starts[:-1].astype(np.uint64)
+        lists = self.lists.ctypes.data
+        with on_device(self.device):
+            self.starters = [(starter(launch), lists + WORD * i) for i, launch in enumerate(launches)]
+
+    def __call__(self, pointers: list[int], stream: int) -> None:
+        """Enqueue all on the stream at an address. pointers: where the call's arrays begin."""
+        with self.lock, on_device(self.device):  # another thread's call like this one waits
+            self.words[self.at] = np.array(pointers, np.uint64)[self.arrays] + self.offsets
+            for start, arguments in self.starters:
+                start(arguments, stream)
+
+
+def starter(launch: Launch) -> Callable[[int, int], None]:
+    """What enqueues a kernel on the current device, given its list of arguments and a stream, by their addresses."""
     import cupy
 
-    return cupy.cuda.Stream.from_external(_Stream(address)) if address else cupy.cuda.Stream.null
+    # By the driver's own function: 2.5 us on the host, where CuPy's call of a kernel takes 8.5
+    enqueue = cupy.cuda.driver.launchKernel
+    kernel, loaded = launch.kernel, function(launch.kernel)
+
+    def start(arguments: int, stream: int) -> None:
+        enqueue(loaded.ptr, launch.blocks, 1, 1, kernel.threads, 1, 1, kernel.shared_bytes, stream, arguments, 0)
+
+    return start
 
 
-class _Stream:
-    """A stream of another library, as CuPy asks for one."""
+class OnDevice:
+    """A context in which a device is the current one, with CUDA's state for it in this thread."""
 
-    def __init__(self, address: int) -> None:
-        self.address = address
+    __slots__ = ("device", "previous")
 
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.address
+    def __init__(self, device: int) -> None:
+        self.device = device
+
+    def __enter__(self) -> None:
+        runtime = cuda_runtime()
+        self.previous = runtime.getDevice()
+        runtime.setDevice(self.device)  # also where it is: a new thread has no state yet
+
+    def __exit__(self, *_: object) -> None:
+        if self.previous != self.device:
+            cuda_runtime().setDevice(self.previous)
 
 
-def on_device(name: str) -> Any:
-    """A context in which the device called e.g. "cuda:1" is the current one."""
-    import cupy
-
-    check_driver()
-    return cupy.cuda.Device(int(name.partition(":")[2]))
+def on_device(device: int) -> Any:
+    """A context in which this device is the current one."""
+    return OnDevice(device)
 
 
 @cache
-def check_driver() -> None:
-    """Whether the driver is one that CuPy was built for, which CuPy itself says at its first call."""
+def cuda_runtime() -> Any:
+    """CUDA's functions as CuPy has them, if the driver is one that CuPy was built for, which it says at its first
+    call."""
     import cupy
 
     try:
@@ -299,12 +355,13 @@ def check_driver() -> None:
             f"cupy_raw: CuPy, built for CUDA {built_for}, cannot use the NVIDIA driver, of CUDA "
             f"{cuda_version(driver_cuda())}: {error}. {NEWER_DRIVER}"
         ) from error
+    return cupy.cuda.runtime
 
 
 def precompile(kernels: list[Kernel], arch: str | None) -> None:
     """Compile ahead, and for the GPU that is here load as well."""
     if arch is None:
-        check_driver()
+        cuda_runtime()
         for kernel in kernels:
             function(kernel)
         return

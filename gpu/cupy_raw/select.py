@@ -7,7 +7,7 @@ from struct import Struct
 from typing import Any
 
 from llsa_np.gpu.cupy_raw.levels import LEVEL, level_argument
-from llsa_np.gpu.cupy_raw.program import ARRAY, NO_ARRAY, Kernel, array, is_whole, launch, pointer
+from llsa_np.gpu.cupy_raw.program import ARRAY, NO_ARRAY, Kernel, array, is_whole, launch
 from llsa_np.gpu.cupy_raw.specialisations import Tile, tile_for
 from llsa_np.hierarchy import Hierarchy
 
@@ -31,7 +31,7 @@ def select_kernel(tile: Tile, whole: bool) -> Kernel:
 
 
 def select(
-    q_levels: list[Any], k_levels: list[Any], hierarchy: Hierarchy, selected: list[Any], dtype: str, stream: int
+    q_levels: list[Any], k_levels: list[Any], hierarchy: Hierarchy, selected: list[Any], dtype: str, recording: Any
 ) -> None:
     """S_l for l = L down to 1. q_levels, k_levels, selected: levels 1..L."""
     of_q, of_k = [array(x) for x in q_levels], [array(x) for x in k_levels]
@@ -42,10 +42,10 @@ def select(
     for level in range(hierarchy.levels, 0, -1):
         q, k, rows = of_q[level - 1], of_k[level - 1], selected[level - 1]
         batch, heads, queries, topk = rows.shape
-        arguments = ARGUMENTS.pack(
+        values = (
             *q,
             *level_argument(level, k, NO_ARRAY, selected, hierarchy, reweight=False, span_bits=block_bits),
-            *(pointer(rows), heads, kv_heads, queries, topk, dim, block_bits),
+            *(rows.ptr, heads, kv_heads, queries, topk, dim, block_bits),
         )
         tiles = -(-queries // block_size) * max(1, block_size // QUERIES)
-        launch(kernel, batch * heads * tiles, arguments, stream)
+        launch(kernel, batch * heads * tiles, ARGUMENTS, values, recording)

@@ -6,7 +6,7 @@ from functools import cache
 from struct import Struct
 from typing import Any, NamedTuple
 
-from llsa_np.gpu.cupy_raw.program import ARRAY, Kernel, array, launch, pointer
+from llsa_np.gpu.cupy_raw.program import ARRAY, Kernel, array, launch
 from llsa_np.hierarchy import Hierarchy
 
 THREADS, SUM_THREADS, WARP = 256, 1024, 32
@@ -78,22 +78,22 @@ def transpose_spaces(lists: int, of: Lists) -> tuple[int, int, int]:
     return lists * starts, lists * of.row_count * of.columns, lists * items
 
 
-def transpose(selected: Any, of: Lists, kv_heads: int, starts: Any, rows: Any, items: Any, stream: int) -> None:
+def transpose(selected: Any, of: Lists, kv_heads: int, starts: Any, rows: Any, items: Any, recording: Any) -> None:
     """Fills starts, rows and items (int32) as transpose.cu says."""
     batch, heads = selected.shape[:2]
     lists = batch * kv_heads
     chunks = -(-(of.parents * of.ranges + 1) // CHUNK)
-    arguments = ARGUMENTS.pack(
-        *(*array(selected), pointer(starts), pointer(rows), pointer(items)),
+    values = (
+        *(*array(selected), starts.ptr, rows.ptr, items.ptr),
         *(lists, heads, heads // kv_heads, of.row_length, of.row_count, of.columns, of.parents, of.ranges),
         *(-(-of.row_count // of.ranges), chunks, of.run, of.split),
     )
     clear, count, sum_chunks, sum_counts, count_items, place = transpose_kernels()
     n_starts, n_pairs, _ = transpose_spaces(lists, of)
-    launch(clear, -(-n_starts // THREADS), arguments, stream)
-    launch(count, -(-n_pairs // THREADS), arguments, stream)
+    launch(clear, -(-n_starts // THREADS), ARGUMENTS, values, recording)
+    launch(count, -(-n_pairs // THREADS), ARGUMENTS, values, recording)
     if chunks > 1:
-        launch(sum_chunks, lists * chunks, arguments, stream)
-    launch(sum_counts, lists * chunks, arguments, stream)
-    launch(count_items, lists, arguments, stream)
-    launch(place, -(-lists * of.ranges // (THREADS // WARP)), arguments, stream)
+        launch(sum_chunks, lists * chunks, ARGUMENTS, values, recording)
+    launch(sum_counts, lists * chunks, ARGUMENTS, values, recording)
+    launch(count_items, lists, ARGUMENTS, values, recording)
+    launch(place, -(-lists * of.ranges // (THREADS // WARP)), ARGUMENTS, values, recording)

@@ -37,7 +37,7 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-namespace emulator {
+namespace emulator __attribute__((visibility("default"))) {  // its state is one for all libraries
 
 constexpr int WARP = 32;
 constexpr size_t STACK = 256 * 1024;
