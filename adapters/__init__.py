@@ -49,8 +49,8 @@ class Adapter(Protocol):
         """A function that makes such an array, uninitialised, beside `like`, at every call."""
 
     def key(self, array: Any) -> tuple[Any, ...] | None:
-        """All of an array that a call's plan depends on, the kind of its device ("cpu", "cuda") first: device, element
-        type, shape, strides, and where it begins modulo 16. None for one that this framework does not own."""
+        """All of an array that a call's plan depends on: its device, element type, shape, strides, where it begins
+        modulo 16, and what makes it one that `owns` refuses; or None for such a one."""
 
     def pointer(self, array: Any) -> int:
         """Where it begins; 0 for one without memory."""

@@ -50,7 +50,7 @@ class CupyAdapter:
 
     def key(self, array: Any) -> tuple[Any, ...] | None:
         data = array.data
-        return "cuda", data.device_id, array.dtype, array.shape, array.strides, data.ptr % 16
+        return data.device_id, array.dtype, array.shape, array.strides, data.ptr % 16
 
     def pointer(self, array: Any) -> int:
         address: int = array.data.ptr

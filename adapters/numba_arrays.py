@@ -65,7 +65,7 @@ class NumbaAdapter:
     def key(self, array: Any) -> tuple[Any, ...] | None:
         if not self.owns(array):
             return None
-        return "cuda", device_index(array), array.dtype, array.shape, array.strides, self.pointer(array) % 16
+        return device_index(array), array.dtype, array.shape, array.strides, self.pointer(array) % 16
 
     def pointer(self, array: Any) -> int:
         return array.__cuda_array_interface__["data"][0] or 0  # one without elements may have no memory

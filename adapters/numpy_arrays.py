@@ -43,7 +43,7 @@ class NumpyAdapter:
     def key(self, array: NDArray[Any]) -> tuple[Any, ...] | None:
         if not self.owns(array):
             return None
-        return "cpu", array.dtype, array.shape, array.strides, self.pointer(array) % 16
+        return array.dtype, array.shape, array.strides, self.pointer(array) % 16
 
     def pointer(self, array: NDArray[Any]) -> int:
         address: int = array.__array_interface__["data"][0]

@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import ml_dtypes
@@ -52,7 +53,9 @@ NUMPY_TYPES = {
     torch.uint8: np.dtype(np.uint8),
 }
 TORCH_TYPES = {dtype.name: of_torch for of_torch, dtype in NUMPY_TYPES.items()}
-PLAIN = (torch.Tensor, torch.nn.Parameter)
+STRIDED = torch.strided
+NEEDS_GRADIENT = attrgetter("requires_grad")
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 """Types of tensors that hold numbers of their own; others stand for something else."""
 
 
@@ -165,11 +168,10 @@ class TorchAdapter:
         return make
 
     def key(self, array: torch.Tensor) -> tuple[Any, ...] | None:
-        dtype = array.dtype
-        if array.layout is not torch.strided or dtype not in NUMPY_TYPES or array.is_neg():
+        if array.layout is not STRIDED:
             return None
-        kind = "cuda" if array.is_cuda else array.device.type
-        return kind, array.get_device(), dtype, array.shape, array.stride(), array.data_ptr() % 16
+        place = array.get_device(), array.stride(), array.data_ptr() % 16
+        return array.dtype, array.shape, *place, array.is_neg()
 
     def pointer(self, array: torch.Tensor) -> int:
         return array.data_ptr()
@@ -653,21 +655,21 @@ def goes_straight(*tensors: torch.Tensor) -> bool:
 
 def is_eager(*tensors: Any) -> bool:
     """Whether these are tensors with numbers of their own, and nothing is traced, mapped or differentiated forward."""
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return False
     if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack():
         return False
-    return all(type(x) in PLAIN and not is_functorch_wrapped_tensor(x) for x in tensors)
+    return PLAIN.issuperset(map(type, tensors))
 
 
 def records(*tensors: torch.Tensor) -> bool:
     """Whether a gradient is recorded for any of these."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return torch.is_grad_enabled() and any(map(NEEDS_GRADIENT, tensors))
 
 
 def is_cast(x: torch.Tensor) -> bool:
     """Whether autocast is on where this tensor is."""
-    kind = x.device.type
+    kind = torch._C._is_any_autocast_enabled() and x.device.type
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 
@@ -705,7 +707,7 @@ def attend_options(who: str, of: dict[str, Any], levels: int | None, dim: int) -
 def attention(*arrays: Any, **options: Any) -> Any:
     """`llsa_np.attention` on tensors."""
     if len(arrays) == 3 and is_eager(*arrays) and not is_cast(arrays[0]):
-        return eager_attention(arrays, options)
+        return recorded_attention(arrays, options) if records(*arrays) else plain("attention")(*arrays, **options)
     given = arguments("attention", arrays, options)
     if given is None:
         return plain("attention")(*arrays, **options)
@@ -728,10 +730,8 @@ def attention(*arrays: Any, **options: Any) -> Any:
     return (out, lse) if return_lse else out
 
 
-def eager_attention(arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """The call that nothing but autograd looks at, in the fewest steps; what it is given is checked on the way."""
-    if not records(*arrays):
-        return plain("attention")(*arrays, **options)
+def recorded_attention(arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """A call that nothing but autograd looks at, in the fewest steps; what it is given is checked on the way."""
     of = PARAMETERS["attention"][1] | options
     if len(of) > len(PARAMETERS["attention"][1]):  # an option that there is not, which that will say
         return plain("attention")(*arrays, **options)

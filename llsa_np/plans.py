@@ -7,7 +7,7 @@ call like it only fills in where its arrays begin.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from inspect import Parameter, signature
 from math import prod
@@ -17,6 +17,7 @@ import numpy as np
 
 from llsa_np.adapters import Adapter, View, adapter_of_type
 from llsa_np.backends import Backend, recorded_devices
+from llsa_np.checks import FLOATS
 from llsa_np.copies import ARRAYS
 from llsa_np.selection import Selection
 
@@ -74,6 +75,8 @@ class Recording:
         self.given: list[StandIn] = []
         self.made: list[StandIn] = []
         self.launches: list[Any] = []
+        self.shared: dict[Any, Any] = {}
+        """What a backend notes of launches that do the work of several operations."""
         self.backend: Any = None
 
     def stand_in(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, device: str, low: int) -> StandIn:
@@ -153,7 +156,7 @@ class Plan:
                 rooms[-1] += -(-x.size * x.dtype.itemsize // ALIGNMENT) * ALIGNMENT
         self.makers += [of.maker((size,), np.dtype(np.uint8), like) for size in rooms]
 
-    def run(self, arrays: list[Any]) -> Any:
+    def run(self, arrays: Sequence[Any]) -> Any:
         """The results of a call with these arrays, enqueued on the caller's stream."""
         made = [make() for make in self.makers]
         if self.recording.launches:
@@ -185,7 +188,7 @@ def filled(results: Any, arrays: Iterator[Any]) -> Any:
 
 # --- calls alike
 
-PLAIN = (int, float, bool, str, type(None))
+PLAIN = frozenset((int, float, bool, str, type(None)))
 """Types of options that one can tell apart by type and value."""
 UNKNOWN: Any = object()
 plans: dict[Any, Plan | None] = {}
@@ -213,6 +216,8 @@ def planned(function: Function) -> Function:
         key = None if of_options is None else (function, *keys, *of_options)
         plan = UNKNOWN if key is None else plans.get(key, UNKNOWN)
         if plan is UNKNOWN:
+            if not all(may_be_recorded(of, x) for x in flat):
+                return function(*arrays, **options)
             # A second look at an option that is used up by the first would find nothing
             options = {name: tuple(x) if isinstance(x, Iterator) else x for name, x in options.items()}
             plan = record(function, of, arrays, options)
@@ -223,15 +228,16 @@ def planned(function: Function) -> Function:
     return call  # type: ignore[return-value]
 
 
-def alike(given: tuple[Any, ...], needed: int) -> tuple[Adapter, list[Any], list[Any]] | None:
+def alike(given: tuple[Any, ...], needed: int) -> tuple[Adapter, list[Any], Sequence[Any]] | None:
     """The adapter of a call's arrays, what calls alike have in common of them, and the arrays, those of a Selection one
-    by one; None if they are not all of one framework and on a device whose backend records."""
-    kinds = recorded_devices()
-    of = adapter_of_type(type(given[0])) if kinds and given else None
+    by one; None if they are not all of one framework."""
+    of = adapter_of_type(type(given[0])) if given else None
     if of is None or of.name == adapter.name:
         return None
-    keys: list[Any] = []
-    flat: list[Any] = []
+    if len(set(map(type, given))) == 1:
+        keys: list[Any] = list(map(of.key, given))
+        return None if None in keys else (of, keys, given)
+    keys, flat = [], []
     for i, value in enumerate(given):
         if value is None and i >= needed:
             keys.append(None)
@@ -242,26 +248,32 @@ def alike(given: tuple[Any, ...], needed: int) -> tuple[Adapter, list[Any], list
             parts = tuple(value)
         for x in parts:
             key = of.key(x) if adapter_of_type(type(x)) is of else None
-            if key is None or key[0] not in kinds:
+            if key is None:
                 return None
             keys.append(key)
             flat.append(x)
     return of, keys, flat
 
 
-def key_of_options(options: dict[str, Any]) -> list[Any] | None:
-    """What tells options apart; None for those of other types than most give, whose calls are planned each time."""
-    key: list[Any] = []
-    for name, value in options.items():
-        kind = type(value)
-        if kind in (tuple, list, set, frozenset):
-            if not all(type(x) is int or type(x) is str for x in value):
-                return None
-            value = frozenset(value) if kind is set else tuple(value)
-        elif kind not in PLAIN:
+def may_be_recorded(of: Adapter, x: Any) -> bool:
+    """Whether an array is one that a call may take, on a device whose arrays a backend that records serves."""
+    if not of.owns(x):
+        return False
+    view = of.view(x)
+    return view.dtype in (*FLOATS, "int32") and view.device.partition(":")[0] in recorded_devices()
+
+
+def key_of_options(options: dict[str, Any]) -> tuple[Any, ...] | None:
+    """What tells options apart, 1 and True too; None for those of other types than most give, whose calls are planned
+    each time."""
+    kinds = tuple(map(type, options.values()))
+    if PLAIN.issuperset(kinds):
+        return (kinds, *options.items())
+    values = {name: tuple(x) if type(x) in (list, set, frozenset) else x for name, x in options.items()}
+    for value in values.values():
+        if type(value) not in PLAIN and not (type(value) is tuple and {int, str}.issuperset(map(type, value))):
             return None
-        key += (name, kind, value)
-    return key
+    return (kinds, *values.items())
 
 
 def record(function: Callable[..., Any], of: Adapter, arrays: Any, options: dict[str, Any]) -> Plan | None:

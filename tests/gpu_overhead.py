@@ -41,12 +41,21 @@ def rows(backend):
             "torch_recording": lambda needing=needing: forward(needing),
             "torch_backward": backward,
         }
+        for _ in range(50):
+            forward(needing), backward()
+        torch.cuda.synchronize()
+        free = torch.cuda.mem_get_info()[0]
+        forward(needing), backward()
+        torch.cuda.synchronize()
+        if torch.cuda.mem_get_info()[0] != free:
+            raise ValueError("a call like one before took memory from the device, past PyTorch's allocator")
         yield {"backend": backend} | SHAPE | {"tokens": tokens} | {name: host_us(call) for name, call in calls.items()}
 
 
 def host_us(call, rounds=20, calls=20):
     """Median microseconds of the host for a call, of rounds of so many before each of which the device is idle."""
-    call()
+    for _ in range(50):
+        call()
     times = []
     for _ in range(rounds):
         torch.cuda.synchronize()

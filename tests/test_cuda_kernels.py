@@ -289,8 +289,8 @@ def test_precompile_for_a_gpu_that_is_not_here(named, cache_folder, no_compiler)
 def test_precompile_is_what_calls_need(dim, value_dim, cache_folder, no_compiler, monkeypatch):
     """Every kernel of calls of all kinds comes from the cache then; nothing was compiled twice or in vain."""
     launched, launched_for = [], {}
-    for module in (attend, attend_backward, pool, select, transpose):
-        monkeypatch.setattr(module, "launch", lambda kernel, *_: launched.append(kernel))
+    monkeypatch.setattr(plans, "plans", {})
+    monkeypatch.setattr(program, "starter", lambda launch: launched.append(launch.kernel) or (lambda *_: None))
     for unaligned in (0, 1):
         q, k, v, dout, out = (
             np.zeros((1, 2, 300, unaligned + width), np.float32)[..., unaligned:]
@@ -615,7 +615,7 @@ def test_memory_that_numba_does_not_get(monkeypatch):
 
 STRUCTS = {
     ("levels.cuh", "Level"): LEVEL,
-    ("pool.cu", "Arguments"): pool.ARGUMENTS.format,
+    ("pool.cu", "Part"): pool.PART,
     ("select.cu", "Arguments"): select.ARGUMENTS.format,
     ("attend.cu", "Arguments"): attend.ARGUMENTS.format,
     ("attend_backward.cu", "Arguments"): attend_backward.ARGUMENTS.format,
@@ -772,6 +772,28 @@ def test_transpose_is_stable(batch, group, length, columns, parents):
             pieces += max(1, -(-len(expected) // split))
             start = ends[i_list, parent]
         assert items[i_list, parents] == pieces <= parents + spare
+
+
+@emulated
+@pytest.mark.parametrize("unaligned", [(), (0,), (1,), (2,), (0, 1), (0, 1, 2)], ids=str)
+def test_arrays_pooled_in_one_launch(unaligned):
+    """Those whose rows can be moved in pieces, and those whose cannot, with three levels, so that sums go on."""
+    case = Case(dtype="float32", query_tokens=600, key_tokens=700, dim=24, value_dim=72, block_size=8, levels=4, topk=2)
+    arrays = list(case.but(batch=2, kv_heads=2).arrays())
+    for i in unaligned:
+        padded = np.zeros((*arrays[i].shape[:3], arrays[i].shape[3] + 1), np.float32)
+        padded[..., 1:] = arrays[i]
+        arrays[i] = padded[..., 1:]
+    q, k, v = arrays[:3]
+    options = {"block_size": 8, "levels": 4, "topk": 2, "return_lse": True}
+    before = len(plans.plans)
+    results = llsa.attention(q, k, v, backend="cupy_raw", **options)
+    (plan,) = list(plans.plans.values())[before:]
+    names = [launch.kernel.name for launch in plan.recording.launches]
+    kinds = len({0 in unaligned, 1 in unaligned, 2 in unaligned})
+    assert names.count("pool") == names.count("pool_sums") == kinds
+    for result, expected in zip(results, llsa.attention(q, k, v, backend="numpy", **options)):
+        assert abs(result - expected).max() < 1e-5
 
 
 @emulated

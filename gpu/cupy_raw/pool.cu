@@ -9,19 +9,25 @@
 //
 // So level l is read once for two levels, and what goes on to higher levels are unrounded sums. On an H100, 67 MB of
 // bfloat16: 0.037 ms with b known at run time and means written one by one, 0.029 as it stands, 70 % of the memory's rate.
+// A call's arrays, up to three, share a launch, the blocks of one behind those of another: 0.079 instead of 0.089 for q, k
+// and v, and two launches less on the host, 5 us each.
 #include <numbers.cuh>
 
 constexpr int THREADS = 128;
 constexpr int CHUNK = 64;
+constexpr int MOST_PARTS = 3;
 
-struct Arguments {
+struct Part {
     Array x;                  // level l: elements, or on higher levels float32 sums
     Array means, upper_means; // levels l + 1 and l + 2; no data where l + 2 is not asked for
     float* upper_sums;        // (batch * heads, upper_length, dims), what the next two levels begin with; or null
     i64 heads;
     int length, means_length, upper_length, dims;
     float count, last_count, upper_count, upper_last_count;
+    i64 end;                  // the block after its last one
 };
+
+struct Arguments { Part parts[MOST_PARTS]; };
 
 template <class Child> struct alignas(16) Numbers { Child x[PIECE]; };
 
@@ -30,13 +36,18 @@ __device__ __forceinline__ float as_float(Element x) { return to_float(x); }
 __device__ __forceinline__ float as_float(float x) { return x; }
 #endif
 
-template <class Child> __device__ __forceinline__ void pool_two(const Arguments& a) {
+template <class Child> __device__ __forceinline__ void pool_two(const Arguments& arguments) {
     __shared__ float sums[BLOCK_SIZE][CHUNK];
+
+    int i_part = 0;
+    while (blockIdx.x >= arguments.parts[i_part].end) i_part++;
+    const Part& a = arguments.parts[i_part];
+    const u32 block = blockIdx.x - (i_part ? arguments.parts[i_part - 1].end : 0);
 
     const int chunks = (a.dims + CHUNK - 1) / CHUNK;
     const int uppers = (a.means_length + BLOCK_SIZE - 1) / BLOCK_SIZE;
-    const int i_chunk = blockIdx.x % chunks, i_upper = blockIdx.x / chunks % uppers;
-    const i64 i_list = blockIdx.x / chunks / uppers, i_batch = i_list / a.heads, i_head = i_list % a.heads;
+    const int i_chunk = block % chunks, i_upper = block / chunks % uppers;
+    const i64 i_list = block / chunks / uppers, i_batch = i_list / a.heads, i_head = i_list % a.heads;
     const int o_dim = i_chunk * CHUNK, dims = min(CHUNK, a.dims - o_dim);
     const int pieces = (dims + PIECE - 1) / PIECE;
     const int tokens = min(BLOCK_SIZE, a.means_length - i_upper * BLOCK_SIZE);

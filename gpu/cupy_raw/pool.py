@@ -1,4 +1,4 @@
-"""The host's side of pool.cu: one launch for every two levels."""
+"""The host's side of pool.cu: one launch for every two levels, of up to three arrays."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ from functools import cache, lru_cache
 from struct import Struct
 from typing import Any
 
-from llsa_np.gpu.cupy_raw.program import ARRAY, NO_ARRAY, Kernel, array, is_whole, launch
+from llsa_np.gpu.cupy_raw.program import ARRAY, NO_ARRAY, Kernel, Launch, array, is_whole
 from llsa_np.hierarchy import Hierarchy
 
 Spaces = list[tuple[tuple[int, ...], str]]
+Group = dict[int, tuple[int, tuple[Any, ...]]]
+"""Of arrays that share launches: for the first of every two levels, which launch it is, and each array's part."""
 
 THREADS = 128
 CHUNK = 64
-ARGUMENTS = Struct(f"{ARRAY}{ARRAY}{ARRAY}Qq4i4f0q")
+PART = f"{ARRAY}{ARRAY}{ARRAY}Qq4i4fq"
+PART_VALUES = 26
+MOST_PARTS = 3
+MOST_BLOCKS = 2**31 - 1
+"""Of a launch."""
+ARGUMENTS = Struct(PART * MOST_PARTS)
 
 
 @cache
@@ -41,14 +48,16 @@ def pool_spaces(batch: int, heads: int, dim: int, hierarchy: Hierarchy) -> Space
 def pool(x: Any, hierarchy: Hierarchy, out: list[Any], spaces: list[Any], dtype: str, recording: Any) -> None:
     """out[l - 1] = level l of x, l = 1..L."""
     batch, heads, _, dim = x.shape
+    if batch * heads == 0:
+        return
     children = array(x)
     for level in range(1, hierarchy.levels + 1, 2):
         is_two, goes_on = level < hierarchy.levels, level + 1 < hierarchy.levels
         means, upper = array(out[level - 1]), out[level] if is_two else None
         sums = spaces[(level - 1) // 2] if goes_on else None
         lengths = hierarchy.lengths
-        values = (
-            *(*children, *means, *(array(upper) if is_two else NO_ARRAY)),
+        part = (
+            *(*children, *means, *(NO_ARRAY if upper is None else array(upper))),
             *(0 if sums is None else sums.ptr, heads),
             *(lengths[level - 1], lengths[level], lengths[level + 1] if is_two else 0, dim),
             *(*counts(level, hierarchy), *(counts(level + 1, hierarchy) if is_two else (0, 0))),
@@ -56,9 +65,32 @@ def pool(x: Any, hierarchy: Hierarchy, out: list[Any], spaces: list[Any], dtype:
         uppers = -(-lengths[level] // hierarchy.block_size)
         blocks = batch * heads * uppers * -(-dim // CHUNK)
         whole = is_whole(dtype if level == 1 else "float32", children) and is_whole(dtype, means)
-        name = "pool" if level == 1 else "pool_sums"
-        launch(pool_kernel(name, dtype, hierarchy.block_size, whole), blocks, ARGUMENTS, values, recording)
-        children = array(sums) if goes_on else NO_ARRAY
+        kernel = pool_kernel("pool" if level == 1 else "pool_sums", dtype, hierarchy.block_size, whole)
+        if level == 1:
+            group = group_of(kernel, blocks, recording)
+        launch_part(kernel, blocks, part, group, level, recording)
+        children = NO_ARRAY if sums is None else array(sums)
+
+
+def group_of(kernel: Kernel, blocks: int, recording: Any) -> Group:
+    """The arrays that share launches with one whose first level this kernel makes. Higher levels follow the first, so
+    that no sum is read in a launch before the one that makes it."""
+    group: Group = recording.shared.setdefault(kernel, {})
+    if 1 in group:
+        parts = group[1][1]
+        if len(parts) == MOST_PARTS or parts[-1][-1] + blocks > MOST_BLOCKS:
+            group = recording.shared[kernel] = {}
+    return group
+
+
+def launch_part(kernel: Kernel, blocks: int, part: tuple[Any, ...], group: Group, level: int, recording: Any) -> None:
+    """Launch an array's blocks behind those of the group's other arrays."""
+    at, parts = group.get(level, (len(recording.launches), ()))
+    parts = (*parts, (*part, blocks + (parts[-1][-1] if parts else 0)))
+    values = [value for of_array in parts for value in of_array]
+    values += [0] * (PART_VALUES * MOST_PARTS - len(values))
+    recording.launches[at : at + 1] = [Launch(kernel, parts[-1][-1], ARGUMENTS, tuple(values))]
+    group[level] = at, parts
 
 
 @lru_cache
