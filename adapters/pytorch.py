@@ -694,13 +694,18 @@ def select_options(who: str, of: dict[str, Any]) -> list[Any]:
     return [block_size, levels, checked if per_level else checked[:1], per_level]
 
 
+def backend_of(who: str, of: dict[str, Any]) -> Any:
+    """The backend's name; under a compiler, which does not read through the search for it, the operator checks it."""
+    return of["backend"] if torch.compiler.is_compiling() else check_backend(who, of["backend"])
+
+
 def attend_options(who: str, of: dict[str, Any], levels: int | None, dim: int) -> list[Any]:
     """The options of OF_ATTEND."""
     options = check_attend_options(
         who, of["enrich"], of["reweight"], of["scale"], of["precision"], levels=levels or MAX_LEVELS, dim=dim
     )
     enrich = None if of["enrich"] is None else [level for level in options.levels if level]
-    where = [check_layout(who, of["layout"]), check_backend(who, of["backend"])]
+    where = [check_layout(who, of["layout"]), backend_of(who, of)]
     return [enrich, options.reweight, None if of["scale"] is None else options.scale, *where, options.precision]
 
 
@@ -753,7 +758,7 @@ def select(*arrays: Any, **options: Any) -> Selection:
     check_shapes("select", of["layout"], q=q, k=k)
     selecting = select_options("select", of)
     layout = check_layout("select", of["layout"])
-    selected = ops.select(q, k, *selecting, layout, check_backend("select", of["backend"]))
+    selected = ops.select(q, k, *selecting, layout, backend_of("select", of))
     return selection_of(selected, selecting[0], q, k, layout)
 
 
@@ -803,7 +808,7 @@ def pool(*arrays: Any, **options: Any) -> tuple[torch.Tensor, ...]:
     (x,), of = given
     block_size = check_block_size("pool", of["block_size"])
     levels = check_levels("pool", of["levels"], block_size)
-    schema = (block_size, levels, check_layout("pool", of["layout"]), check_backend("pool", of["backend"]))
+    schema = (block_size, levels, check_layout("pool", of["layout"]), backend_of("pool", of))
     if torch.compiler.is_compiling():
         refuse_forward_mode()
         return tuple(ops.pool(x, *schema))
