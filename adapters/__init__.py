@@ -50,7 +50,7 @@ class Adapter(Protocol):
 
     def key(self, array: Any) -> tuple[Any, ...] | None:
         """All of an array that a call's plan depends on: its device, element type, shape, strides, where it begins
-        modulo 16, and what makes it one that `owns` refuses; or None for such a one."""
+        modulo PIECE, and what makes it one that `owns` refuses; or None for such a one."""
 
     def pointer(self, array: Any) -> int:
         """Where it begins; 0 for one without memory."""
@@ -73,6 +73,9 @@ ADAPTERS = {
     "llsa_np": "llsa_np.plans",
 }
 """Top module of an array's type (or of a base class of it) -> the module whose `adapter` serves it."""
+
+PIECE = 16
+"""Bytes that kernels move at once where arrays begin at multiples of it."""
 
 SUPPORTED = "arrays of NumPy (bfloat16 as ml_dtypes.bfloat16), CuPy and numba.cuda, and dense tensors of PyTorch"
 

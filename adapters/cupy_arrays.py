@@ -10,7 +10,7 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from llsa_np.adapters import View
+from llsa_np.adapters import PIECE, View
 from llsa_np.adapters.numpy_arrays import dtype_name
 
 
@@ -50,7 +50,7 @@ class CupyAdapter:
 
     def key(self, array: Any) -> tuple[Any, ...] | None:
         data = array.data
-        return data.device_id, array.dtype, array.shape, array.strides, data.ptr % 16
+        return data.device_id, array.dtype, array.shape, array.strides, data.ptr % PIECE
 
     def pointer(self, array: Any) -> int:
         address: int = array.data.ptr

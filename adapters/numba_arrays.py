@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llsa_np.adapters import View
+from llsa_np.adapters import PIECE, View
 from llsa_np.adapters.numpy_arrays import dtype_name
 from llsa_np.gpu.numba_cuda.cuda import cuda, device_index, on_device, swap_axes, to_host
 
@@ -65,7 +65,7 @@ class NumbaAdapter:
     def key(self, array: Any) -> tuple[Any, ...] | None:
         if not self.owns(array):
             return None
-        return device_index(array), array.dtype, array.shape, array.strides, self.pointer(array) % 16
+        return device_index(array), array.dtype, array.shape, array.strides, self.pointer(array) % PIECE
 
     def pointer(self, array: Any) -> int:
         return array.__cuda_array_interface__["data"][0] or 0  # one without elements may have no memory

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llsa_np.adapters import View
+from llsa_np.adapters import PIECE, View
 
 
 @cache
@@ -43,7 +43,7 @@ class NumpyAdapter:
     def key(self, array: NDArray[Any]) -> tuple[Any, ...] | None:
         if not self.owns(array):
             return None
-        return array.dtype, array.shape, array.strides, self.pointer(array) % 16
+        return array.dtype, array.shape, array.strides, self.pointer(array) % PIECE
 
     def pointer(self, array: NDArray[Any]) -> int:
         address: int = array.__array_interface__["data"][0]

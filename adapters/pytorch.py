@@ -11,20 +11,20 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
-from operator import attrgetter
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from llsa_np import functions
-from llsa_np.adapters import View
+from llsa_np.adapters import PIECE, View
 from llsa_np.backends import check_backend
+from llsa_np.call import naming_memory_errors
 from llsa_np.checks import ORDER, check_queries_keys, check_selection
 from llsa_np.hierarchy import Hierarchy, hierarchy_of, levels_of
 from llsa_np.options import (
@@ -53,8 +53,6 @@ NUMPY_TYPES = {
     torch.uint8: np.dtype(np.uint8),
 }
 TORCH_TYPES = {dtype.name: of_torch for of_torch, dtype in NUMPY_TYPES.items()}
-STRIDED = torch.strided
-NEEDS_GRADIENT = attrgetter("requires_grad")
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 """Types of tensors that hold numbers of their own; others stand for something else."""
 
@@ -163,14 +161,14 @@ class TorchAdapter:
                 if not any(words in str(error) for words in told):
                     raise
                 size = math.prod(shape) * of_torch.itemsize
-                raise OutOfMemoryError(f"{like.device} has no memory left for {size:,} bytes") from error
+                raise OutOfMemoryError(f"{device} has no memory left for {size:,} bytes") from error
 
         return make
 
     def key(self, array: torch.Tensor) -> tuple[Any, ...] | None:
-        if array.layout is not STRIDED:
+        if array.layout is not torch.strided:
             return None
-        place = array.get_device(), array.stride(), array.data_ptr() % 16
+        place = array.device, array.stride(), array.data_ptr() % PIECE
         return array.dtype, array.shape, *place, array.is_neg()
 
     def pointer(self, array: torch.Tensor) -> int:
@@ -252,7 +250,7 @@ def run_attention(
     q: Any, k: Any, v: Any, block_size: int, levels: Any, topk: Any, per_level: bool, *options: Any
 ) -> Any:
     """out, lse and the selected tokens of every level."""
-    out, lse, selection = functions.attend_selected(
+    out, lse, selection = attend_selected(
         q, k, v, block_size=block_size, levels=levels, topk=plain_topk(topk, per_level), **attending(options)
     )
     return out, lse, list(selection)
@@ -300,6 +298,9 @@ def run_attend_backward(
 def run_pool(x: Any, block_size: int, levels: int, layout: Any, backend: Any) -> list[torch.Tensor]:
     """Levels 1..levels."""
     return list(plain("pool")(x, block_size=block_size, levels=levels, layout=layout, backend=backend))
+
+
+attend_selected = naming_memory_errors("attention")(functions.attend_selected)
 
 
 def plain(name: str) -> Callable[..., Any]:
@@ -437,7 +438,9 @@ def gradients(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, Any, Any]:
     if not any(needs) or (dout is None and dlse is None):
         return None, None, None
     dout = torch.zeros_like(out) if dout is None else dout
-    if goes_straight(dout, q, k, v, out, lse, *selected, *([] if dlse is None else [dlse])):
+    given = [dout] if dlse is None else [dout, dlse]
+    if goes_straight(q, k, v, out, lse, *selected, *given) and not any(map(is_legacy_batchedtensor, given)):
+        dout, dlse = dout.resolve_neg(), None if dlse is None else dlse.resolve_neg()
         of = run_attend_backward(dout, q, k, v, out, lse, selected, dlse, needs, *ctx.options)
     else:
         of = AttendBackward.apply(dout, q, k, v, out, lse, dlse, (needs, *ctx.options), *selected)
@@ -517,7 +520,7 @@ class EagerAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any, of: dict[str, Any]) -> Any:
-        out, lse, selection = functions.attend_selected(q, k, v, **of)
+        out, lse, selection = attend_selected(q, k, v, **of)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse, *selection)
         scale = None if of["scale"] is None else float(of["scale"])
@@ -650,7 +653,7 @@ def is_tensors(x: Any) -> bool:
 
 def goes_straight(*tensors: torch.Tensor) -> bool:
     """Whether nothing but the numbers matters: no gradient is recorded, nothing is traced or mapped."""
-    return is_eager(*tensors) and not records(*tensors)
+    return is_eager(*tensors) and not need_gradients(*tensors)
 
 
 def is_eager(*tensors: Any) -> bool:
@@ -659,17 +662,21 @@ def is_eager(*tensors: Any) -> bool:
         return False
     if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack():
         return False
+    if torch._C._len_torch_function_stack() or torch._ops._len_torch_dispatch_stack_pre_dispatch():
+        return False
     return PLAIN.issuperset(map(type, tensors))
 
 
-def records(*tensors: torch.Tensor) -> bool:
+def need_gradients(*tensors: torch.Tensor) -> bool:
     """Whether a gradient is recorded for any of these."""
-    return torch.is_grad_enabled() and any(map(NEEDS_GRADIENT, tensors))
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def is_cast(x: torch.Tensor) -> bool:
     """Whether autocast is on where this tensor is."""
-    kind = torch._C._is_any_autocast_enabled() and x.device.type
+    if not torch._C._is_any_autocast_enabled():
+        return False
+    kind = x.device.type
     return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 
@@ -712,7 +719,9 @@ def attend_options(who: str, of: dict[str, Any], levels: int | None, dim: int) -
 def attention(*arrays: Any, **options: Any) -> Any:
     """`llsa_np.attention` on tensors."""
     if len(arrays) == 3 and is_eager(*arrays) and not is_cast(arrays[0]):
-        return recorded_attention(arrays, options) if records(*arrays) else plain("attention")(*arrays, **options)
+        if need_gradients(*arrays):
+            return differentiable_attention(arrays, options)
+        return plain("attention")(*arrays, **options)
     given = arguments("attention", arrays, options)
     if given is None:
         return plain("attention")(*arrays, **options)
@@ -735,10 +744,10 @@ def attention(*arrays: Any, **options: Any) -> Any:
     return (out, lse) if return_lse else out
 
 
-def recorded_attention(arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
+def differentiable_attention(arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """A call that nothing but autograd looks at, in the fewest steps; what it is given is checked on the way."""
     of = PARAMETERS["attention"][1] | options
-    if len(of) > len(PARAMETERS["attention"][1]):  # an option that there is not, which that will say
+    if len(of) > len(PARAMETERS["attention"][1]):  # the plain function tells which option there is not
         return plain("attention")(*arrays, **options)
     return_lse = check_flag("attention", "return_lse", of.pop("return_lse"))
     enrich = as_tuple(of["enrich"])
@@ -820,10 +829,16 @@ def check_shapes(who: str, layout: Any, selection: Selection | None = None, **ar
     compiler leaves it to the operator."""
     if torch.compiler.is_compiling():
         return
-    views = {name: View(tuple(x.shape), "", "", None) for name, x in arrays.items()}
+
+    def shape_of(x: torch.Tensor) -> View:
+        return View(tuple(x.shape), str(x.dtype).removeprefix("torch."), "", None)
+
+    views = {name: shape_of(x) for name, x in arrays.items()}
     of = check_queries_keys(who, views, check_layout(who, layout))
     if selection is not None:
-        check_selection(who, selection, of)
+        check_selection(
+            who, selection, of, {f"level {i} of selection": shape_of(x) for i, x in enumerate(selection, 1)}
+        )
 
 
 # --- for models

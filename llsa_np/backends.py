@@ -22,7 +22,7 @@ DEVICES = {"numpy": "cpu", "numba_cuda": "cuda", "cupy_raw": "cuda"}
 """The kind of device whose arrays each backend serves."""
 
 RECORDS = ("cupy_raw",)
-"""Backends that record their launches, which plans.py enqueues."""
+"""Backends that record their launches, of which their `prepared` makes what plans.py enqueues."""
 
 COMPILER = {"cuda.core": "cuda-core", "cuda.bindings": "cuda-bindings"}
 PACKAGES = {"numba_cuda": {"numba": "numba", "numba_cuda": "numba-cuda"}, "cupy_raw": {"cupy": "cupy"} | COMPILER}

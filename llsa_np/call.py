@@ -99,14 +99,8 @@ class Call(NamedTuple):
         return out, lse
 
     def seen(self, selection: Selection) -> Selection:
-        """A Selection as the backend sees it. Its arrays are looked at again, for a framework's tools may have put
-        others in their place."""
-        views = [self.adapter.view(x) for x in selection]
-        for level, (view, topk) in enumerate(zip(views, selection.topk, strict=True), 1):
-            shape = (selection.batch, selection.heads, selection.query_hierarchy.lengths[level], topk)
-            check_shape(self.who, f"level {level} of selection", view, shape, "as when the Selection was made")
-            check_dtype(self.who, f"level {level} of selection", view, "int32")
-        return selection._with_arrays(view.array for view in views)
+        """A Selection as the backend sees it."""
+        return selection._with_arrays(self.adapter.view(x).array for x in selection)
 
     def empty_like(self, name: str) -> tuple[Any, Any]:
         """A new array of an argument's shape, dtype and layout: for the caller, and as the backend sees it."""
@@ -114,23 +108,26 @@ class Call(NamedTuple):
         return array, view.array
 
 
-def naming_memory_errors(function: Function) -> Function:
-    """The function, whose errors for want of memory, of whichever framework, say what would take less."""
+def naming_memory_errors(who: str) -> Callable[[Function], Function]:
+    """A function, whose errors for want of memory, of whichever framework, say what would take less."""
 
-    @wraps(function)
-    def call(*arrays: Any, **options: Any) -> Any:
-        try:
-            return function(*arrays, **options)
-        except MemoryError as error:
-            told = str(error).rstrip(".") or "out of memory"
-            # An adapter's own type is one that users of its framework catch; CuPy's takes other arguments.
-            kind = type(error) if type(error).__module__.startswith("llsa_np.") else MemoryError
-            raise kind(
-                f"{function.__name__}: {told}. Call it with fewer batch entries, or fewer kv heads with their query "
-                "heads, at a time: none sees another"
-            ) from error
+    def named(function: Function) -> Function:
+        @wraps(function)
+        def call(*arrays: Any, **options: Any) -> Any:
+            try:
+                return function(*arrays, **options)
+            except MemoryError as error:
+                told = str(error).rstrip(".") or "out of memory"
+                # An adapter's own type is one that users of its framework catch; CuPy's takes other arguments.
+                kind = type(error) if type(error).__module__.startswith("llsa_np.") else MemoryError
+                raise kind(
+                    f"{who}: {told}. Call it with fewer batch entries, or fewer kv heads with their query heads, at a "
+                    "time: none sees another"
+                ) from error
 
-    return call  # type: ignore[return-value]
+        return call  # type: ignore[return-value]
+
+    return named
 
 
 def lend(kernels: Backend, adapter: Adapter, like: View, work: Work) -> Room:
@@ -149,14 +146,15 @@ def prepare(who: str, backend: Any, layout: Any, arrays: dict[str, Any], selecti
     layout = check_layout(who, layout)
     selected: dict[str, Any] = {}
     if selection is not NO_SELECTION:
-        selected["selection"] = check_is_selection(who, selection)[1]
+        selected = {f"level {i} of selection": x for i, x in enumerate(check_is_selection(who, selection), 1)}
     adapter = common_adapter(who, arrays | selected)
     views = {name: adapter.view(x, "bhnd" if name in NOT_IN_LAYOUT else layout) for name, x in arrays.items()}
     of = check_queries_keys(who, {name: view for name, view in views.items() if name in ("q", "k", "v")}, layout)
     dtype = check_floats(who, {name: view for name, view in views.items() if name not in NOT_IN_LAYOUT})
-    check_devices(who, views | {name: adapter.view(x) for name, x in selected.items()})
-    if selected:
-        check_selection(who, selection, of)
+    of_selection = {name: adapter.view(x) for name, x in selected.items()}
+    check_devices(who, views | of_selection)
+    if of_selection:
+        check_selection(who, selection, of, of_selection)
     if "dout" in views:
         check_results(who, views, of, dtype, layout)
     return Call(who, backend, layout, adapter, views, of, dtype)

@@ -123,8 +123,9 @@ def check_is_selection(who: str, selection: Any) -> Selection:
     return selection
 
 
-def check_selection(who: str, selection: Selection, of: dict[str, Sizes]) -> None:
-    """That a Selection was made for these sizes."""
+def check_selection(who: str, selection: Selection, of: dict[str, Sizes], views: dict[str, View]) -> None:
+    """That a Selection was made for these sizes, and that its arrays, whose views these are, are still as they were:
+    a framework's tools may have put others in their place."""
     q, k = of["q"], of["k"]
     made_for = (selection.batch, selection.heads, selection.query_tokens, selection.key_tokens)
     got = (q.batch, q.heads, q.tokens, k.tokens)
@@ -133,6 +134,11 @@ def check_selection(who: str, selection: Selection, of: dict[str, Sizes]) -> Non
             f"{who}: the Selection was made for (batch, heads, queries, keys) = {made_for}, and q and k have {got}; "
             "select again for these arrays"
         )
+    rows = selection.query_hierarchy.lengths[1:]
+    for (name, view), length, topk in zip(views.items(), rows, selection.topk, strict=True):
+        shape = (selection.batch, selection.heads, length, topk)
+        check_shape(who, name, view, shape, "as when the Selection was made")
+        check_dtype(who, name, view, "int32")
 
 
 def check_shape(who: str, name: str, view: View, shape: tuple[int, ...], meaning: str) -> None:

@@ -74,7 +74,7 @@ def attention(
 
 
 @wrapped_by_frameworks
-@naming_memory_errors
+@naming_memory_errors("attention")
 @copied_to_the_device
 @planned
 def attention(
@@ -167,7 +167,7 @@ def attend_selected(
 
 
 @wrapped_by_frameworks
-@naming_memory_errors
+@naming_memory_errors("select")
 @copied_to_the_device
 @planned
 def select(
@@ -199,7 +199,7 @@ def select(
 
 
 @wrapped_by_frameworks
-@naming_memory_errors
+@naming_memory_errors("attend")
 @copied_to_the_device
 @planned
 def attend(
@@ -236,7 +236,7 @@ def attend(
 
 
 @wrapped_by_frameworks
-@naming_memory_errors
+@naming_memory_errors("attend_backward")
 @copied_to_the_device
 @planned
 def attend_backward(
@@ -301,7 +301,7 @@ def attend_backward(
 
 
 @wrapped_by_frameworks
-@naming_memory_errors
+@naming_memory_errors("pool")
 @copied_to_the_device
 @planned
 def pool(

@@ -7,32 +7,37 @@ call like it only fills in where its arrays begin.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from functools import wraps
 from inspect import Parameter, signature
+from itertools import count
 from math import prod
+from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from llsa_np.adapters import Adapter, View, adapter_of_type
-from llsa_np.backends import Backend, recorded_devices
-from llsa_np.checks import FLOATS
+from llsa_np.adapters import PIECE, Adapter, View, adapter_of_type
+from llsa_np.backends import RECORDS, Backend, recorded_devices
 from llsa_np.copies import ARRAYS
 from llsa_np.selection import Selection
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 MOST_PLANS = 256
+
 ONE_ROOM = True
-"""Whether all that a call makes besides its results lies in one allocation; a tool that looks for writes outside of
-arrays sees more where each has its own."""
+"""Whether all that a call makes besides its results lies in one allocation. A tool that looks for writes outside of
+arrays sees more where each has its own, and sets it to False."""
+
 ALIGNMENT = 256
-"""Of an array in it, in bytes."""
-PIECE = 16
-"""Bytes that kernels move at once where arrays begin at multiples of it."""
+"""Of an array in it, in bytes: what CUDA's own allocations have at least."""
+
 TAG = 48
 """A stand-in begins at an address whose bits from here on say which it is: no array of 2**48 bytes is there."""
+
+CLOCK = count()
+"""Counts the calls that go by a plan."""
 
 
 # --- recording
@@ -97,7 +102,7 @@ class Recording:
 
     def uses(self, backend: Backend) -> None:
         """Which backend is about to launch."""
-        if not hasattr(backend, "prepared"):
+        if backend.name not in RECORDS:
             raise CannotRecordError
         self.backend = backend
 
@@ -144,8 +149,9 @@ class Plan:
     def __init__(self, of: Adapter, recording: Recording, results: Any, like: View) -> None:
         self.adapter, self.recording, self.results, self.like = of, recording, results, like._replace(array=None)
         self.launches: Any = None
+        self.used = next(CLOCK)
         kept, given = leaves(results), len(recording.given)
-        self.makers = [of.maker(x.shape, x.dtype, like) for x in kept]
+        self.makers = [of.maker(x.shape, x.dtype, self.like) for x in kept]
         self.places = {x.ptr: Place(i, 0) for i, x in enumerate([*recording.given, *kept])}
         rooms: list[int] = []
         for x in recording.made:
@@ -154,10 +160,11 @@ class Plan:
                     rooms.append(0)
                 self.places[x.ptr] = Place(given + len(kept) + len(rooms) - 1, rooms[-1])
                 rooms[-1] += -(-x.size * x.dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        self.makers += [of.maker((size,), np.dtype(np.uint8), like) for size in rooms]
+        self.makers += [of.maker((size,), np.dtype(np.uint8), self.like) for size in rooms]
 
     def run(self, arrays: Sequence[Any]) -> Any:
         """The results of a call with these arrays, enqueued on the caller's stream."""
+        self.used = next(CLOCK)
         made = [make() for make in self.makers]
         if self.recording.launches:
             if self.launches is None:  # and not compiled before there is room for what it fills
@@ -193,6 +200,7 @@ PLAIN = frozenset((int, float, bool, str, type(None)))
 UNKNOWN: Any = object()
 plans: dict[Any, Plan | None] = {}
 """None for calls whose backend cannot record."""
+_keeping = Lock()
 
 
 def planned(function: Function) -> Function:
@@ -200,14 +208,19 @@ def planned(function: Function) -> Function:
     parameters = signature(function).parameters
     names = [name for name in parameters if name in ARRAYS]
     needed = [name for name in names if parameters[name].default is Parameter.empty]
+    positional = [name for name in names if parameters[name].kind is not Parameter.KEYWORD_ONLY]
 
     @wraps(function)
     def call(*arrays: Any, **options: Any) -> Any:
+        kinds = recorded_devices()
+        if not kinds or len(arrays) > len(positional):
+            return function(*arrays, **options)
         given, others = arrays, options
         if len(arrays) < len(names):
-            given = (*arrays, *[options.get(name) for name in names[len(arrays) :]])
-            if not options.keys().isdisjoint(names):
-                others = {name: value for name, value in options.items() if name not in names}
+            by_name = names[len(arrays) :]
+            given = (*arrays, *[options.get(name) for name in by_name])
+            if not options.keys().isdisjoint(by_name):
+                others = {name: value for name, value in options.items() if name not in by_name}
         found = alike(given, len(needed))
         if found is None:
             return function(*arrays, **options)
@@ -216,13 +229,15 @@ def planned(function: Function) -> Function:
         key = None if of_options is None else (function, *keys, *of_options)
         plan = UNKNOWN if key is None else plans.get(key, UNKNOWN)
         if plan is UNKNOWN:
-            if not all(may_be_recorded(of, x) for x in flat):
+            if not all(may_be_recorded(of, x, kinds) for x in flat):
                 return function(*arrays, **options)
             # A second look at an option that is used up by the first would find nothing
-            options = {name: tuple(x) if isinstance(x, Iterator) else x for name, x in options.items()}
-            plan = record(function, of, arrays, options)
+            others = {name: tuple(x) if is_used_up(x) else x for name, x in others.items()}
+            plan = record(function, of, dict(zip(names, given)), others)
             if key is not None:
                 keep(key, plan)
+            if plan is None:
+                return function(**dict(zip(names, given)), **others)
         return function(*arrays, **options) if plan is None else plan.run(flat)
 
     return call  # type: ignore[return-value]
@@ -234,7 +249,7 @@ def alike(given: tuple[Any, ...], needed: int) -> tuple[Adapter, list[Any], Sequ
     of = adapter_of_type(type(given[0])) if given else None
     if of is None or of.name == adapter.name:
         return None
-    if len(set(map(type, given))) == 1:
+    if len(set(map(type, given))) == 1:  # q, k and v, in 5 us of the host instead of 8
         keys: list[Any] = list(map(of.key, given))
         return None if None in keys else (of, keys, given)
     keys, flat = [], []
@@ -243,7 +258,7 @@ def alike(given: tuple[Any, ...], needed: int) -> tuple[Adapter, list[Any], Sequ
             keys.append(None)
             continue
         parts = (value,)
-        if type(value) is Selection:
+        if isinstance(value, Selection):
             keys.append(value.made_for)
             parts = tuple(value)
         for x in parts:
@@ -255,12 +270,17 @@ def alike(given: tuple[Any, ...], needed: int) -> tuple[Adapter, list[Any], Sequ
     return of, keys, flat
 
 
-def may_be_recorded(of: Adapter, x: Any) -> bool:
-    """Whether an array is one that a call may take, on a device whose arrays a backend that records serves."""
+def may_be_recorded(of: Adapter, x: Any, kinds: set[str]) -> bool:
+    """Whether an array is one with numbers that kernels can read, on a device whose arrays a backend records for."""
     if not of.owns(x):
         return False
     view = of.view(x)
-    return view.dtype in (*FLOATS, "int32") and view.device.partition(":")[0] in recorded_devices()
+    return view.device.partition(":")[0] in kinds and isinstance(getattr(view.array, "dtype", None), np.dtype)
+
+
+def is_used_up(x: Any) -> bool:
+    """Whether an option's entries can be had only once."""
+    return isinstance(x, Iterable) and not isinstance(x, Sized)
 
 
 def key_of_options(options: dict[str, Any]) -> tuple[Any, ...] | None:
@@ -276,21 +296,21 @@ def key_of_options(options: dict[str, Any]) -> tuple[Any, ...] | None:
     return (kinds, *values.items())
 
 
-def record(function: Callable[..., Any], of: Adapter, arrays: Any, options: dict[str, Any]) -> Plan | None:
-    """The plan of calls like this one, or None if its backend cannot record."""
+def record(function: Callable[..., Any], of: Adapter, given: dict[str, Any], options: dict[str, Any]) -> Plan | None:
+    """The plan of calls like this one, or None if its backend cannot record. given: its arrays in order."""
     recording = Recording()
-    stand_ins = [recording.argument(x, of) for x in arrays]
-    named = {name: recording.argument(x, of) if name in ARRAYS else x for name, x in options.items()}
+    stand_ins = {name: recording.argument(x, of) for name, x in given.items()}
     try:
-        results = function(*stand_ins, **named)
+        results = function(**stand_ins, **options)
     except CannotRecordError:
         return None
-    first = arrays[0] if arrays else next(options[name] for name in ARRAYS if name in options)
-    return Plan(of, recording, results, of.view(first))
+    return Plan(of, recording, results, of.view(next(iter(given.values()))))
 
 
 def keep(key: Any, plan: Plan | None) -> None:
-    """For the next call like it, in the place of the oldest if there are too many."""
-    plans[key] = plan
-    while len(plans) > MOST_PLANS:
-        plans.pop(next(iter(plans)), None)
+    """For the next call like it, in the place of the one that was not needed for longest if there are too many."""
+    with _keeping:
+        plans[key] = plan
+        if len(plans) > MOST_PLANS:
+            used = {key: 0 if plan is None else plan.used for key, plan in plans.items()}
+            del plans[min(used, key=used.__getitem__)]

@@ -69,11 +69,11 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(config, items):
     """Of one backend only what calls it, and its kernels' own tests."""
     if config.option.backend:
-        own = {"numba_cuda": "numba", "cupy_raw": "cuda_kernels"}[config.option.backend]
+        own = {"numba_cuda": "_numba_kernels", "cupy_raw": ("_cuda_kernels", "_plans")}[config.option.backend]
         ours = [
             item
             for item in items
-            if own in item.path.stem or "backend" in getattr(getattr(item, "callspec", None), "params", ())
+            if item.path.stem.endswith(own) or "backend" in getattr(getattr(item, "callspec", None), "params", ())
         ]
         config.hook.pytest_deselected(items=[item for item in items if item not in ours])
         items[:] = ours

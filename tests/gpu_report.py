@@ -1,9 +1,10 @@
 """`make gpu-report`: what a GPU says of this code, into docs/measurements/<card>.json.
 
 Parts: the suite on this GPU; compute-sanitizer's memcheck, racecheck and initcheck over a small set of calls; speed,
-beside dense attention through PyTorch in the same process; overhead, what calls cost the host; errors over their
-bounds; whether runs repeat each other; and steps, the forms of one step beside each other. Each is kept by backend.
-What is run alone is merged into the file; what the file says of kernels that have changed since is dropped from it.
+beside dense attention through PyTorch in the same process; overhead, what calls cost the host; ranks, one sequence
+over several GPUs; errors over their bounds; whether runs repeat each other; and steps, the forms of one step beside
+each other. Each is kept by backend. What is run alone is merged into the file; what the file says of kernels that have
+changed since is dropped from it.
 """
 
 import argparse
@@ -49,8 +50,11 @@ def main():
     report |= {"card": card, "driver": driver, "python": platform.python_version(), "versions": versions()}
     for part in PARTS if args.part == "all" else (args.part,):
         for backend in BACKENDS if args.backend == "all" else (args.backend,):
-            if {"steps": "numba_cuda", "overhead": "cupy_raw"}.get(part, backend) != backend:
+            if {"steps": "numba_cuda", "overhead": "cupy_raw", "ranks": "cupy_raw"}.get(part, backend) != backend:
                 continue  # only Numba tells steps in several forms, and only CUDA C++ is launched by plans
+            if part == "ranks" and gpus() < 2:
+                print("ranks: not measured, there is one GPU", flush=True)
+                continue
             # No times of kernels whose results have not been seen to be right
             for what in ["errors"] * (part == "speed" and backend not in report.get("errors", {})) + [part]:
                 add(report, what, backend, MAKE[what](args, backend))
@@ -89,6 +93,12 @@ def gpu():
     first = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
     card, driver = first.split(", ")
     return card, driver
+
+
+def gpus():
+    """How many there are."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return len(subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines())
 
 
 def sources(backend):
@@ -195,6 +205,16 @@ def overhead(_, backend):
     return list(gpu_overhead.rows(backend))
 
 
+def ranks(_, backend):
+    """One sequence over all GPUs of this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        script = str(ROOT / "tests" / "gpu_ranks.py")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus()}", script]
+        subprocess.run([*command, str(out)], check=True)
+        return json.loads(out.read_text())
+
+
 def steps(_, backend):
     """Milliseconds of each form of a step that the Numba kernels tell in more than one, on the same arrays: all else
     that the call does (pooling, before selection) is in it as well, and is told as its own form."""
@@ -254,6 +274,7 @@ MAKE = {
     "repeats": repeats,
     "speed": speed,
     "overhead": overhead,
+    "ranks": ranks,
     "steps": steps,
 }
 PARTS = tuple(MAKE)

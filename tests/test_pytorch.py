@@ -1,6 +1,8 @@
 """PyTorch: what makes a call one of its own operations. The numbers themselves the rest of the suite checks."""
 
+import gc
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -582,3 +584,61 @@ def test_sdpa_refuses_what_it_cannot_honour():
             pytorch.sdpa(q, k, v, **{name: value})
     with pytest.raises(ValueError, match="enable_gqa"):
         pytorch.sdpa(q, k[:, :1], v[:, :1])
+
+
+# --- the eager path, which goes past the dispatcher
+
+
+def test_gradients_with_the_negative_bit():
+    """A view that torch negates when it is read, as complex losses hand back."""
+    arrays = tensors()
+    expected = torch.autograd.grad(attention(*arrays), arrays, torch.full((2, 2, 37, 6), -2.0, dtype=torch.float64))
+    two = torch.full((2, 2, 37, 6), 2.0, dtype=torch.float64)
+    dout = torch.complex(two, two).conj().imag
+    assert dout.is_neg()
+    assert_equal(torch.autograd.grad(attention(*arrays), arrays, dout), expected)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_watches_calls_sees_the_operator(grad):
+    arrays = tensors(grad=grad)
+    for pre_dispatch in (True, False):
+        graph = make_fx(attention, pre_dispatch=pre_dispatch)(*arrays).graph
+        assert torch.ops.llsa.attention.default in [node.target for node in graph.nodes]
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.seen.append(function)
+            return function(*args, **kwargs or {})
+
+    with Watch() as watch:
+        attention(*arrays)
+    assert torch.ops.llsa.attention in watch.seen
+
+
+def test_a_maker_keeps_no_tensor():
+    x = torch.ones(3)
+    make = pytorch.adapter.maker((2,), np.dtype(np.float32), pytorch.adapter.view(x))
+    watched = weakref.ref(x)
+    del x
+    gc.collect()
+    assert watched() is None
+    assert make().shape == (2,)
+
+
+def test_gradients_for_which_there_is_no_memory(monkeypatch):
+    """With or without autograd, told by the call's name."""
+
+    def fail(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    for grad in (True, False):
+        arrays = tensors(grad=grad)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", fail)
+            with pytest.raises(torch.OutOfMemoryError, match=r"^attention: .* fewer batch entries"):
+                attention(*arrays)

@@ -64,10 +64,11 @@ def pool(x: Any, hierarchy: Hierarchy, out: list[Any], spaces: list[Any], dtype:
         )
         uppers = -(-lengths[level] // hierarchy.block_size)
         blocks = batch * heads * uppers * -(-dim // CHUNK)
-        whole = is_whole(dtype if level == 1 else "float32", children) and is_whole(dtype, means)
-        kernel = pool_kernel("pool" if level == 1 else "pool_sums", dtype, hierarchy.block_size, whole)
         if level == 1:
+            kernel = pool_kernel("pool", dtype, hierarchy.block_size, is_whole(dtype, children, means))
             group = group_of(kernel, blocks, recording)
+        else:  # sums and means are arrays of our own, of dims in steps of 8, whose rows always can be moved in pieces
+            kernel = pool_kernel("pool_sums", dtype, hierarchy.block_size, True)
         launch_part(kernel, blocks, part, group, level, recording)
         children = NO_ARRAY if sums is None else array(sums)
 
