@@ -124,6 +124,7 @@ def test_streams_at_once(backend):
         assert_equal(results, expected)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own use of it
 def test_compiled(backend):
     """By inductor, with lengths that change."""
     compiled = torch.compile(lambda q, k, v: llsa.attention(q, k, v, backend=backend, **OPTIONS), fullgraph=True)
