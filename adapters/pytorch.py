@@ -24,7 +24,6 @@ from torch.utils import _pytree as pytree
 from llsa_np import functions
 from llsa_np.adapters import PIECE, View
 from llsa_np.backends import check_backend
-from llsa_np.call import naming_memory_errors
 from llsa_np.checks import ORDER, check_queries_keys, check_selection
 from llsa_np.hierarchy import Hierarchy, hierarchy_of, levels_of
 from llsa_np.options import (
@@ -39,6 +38,7 @@ from llsa_np.options import (
     check_needs,
     check_topk,
 )
+from llsa_np.plans import planned
 from llsa_np.selection import Selection
 
 # --- tensors as the backends see them
@@ -300,7 +300,7 @@ def run_pool(x: Any, block_size: int, levels: int, layout: Any, backend: Any) ->
     return list(plain("pool")(x, block_size=block_size, levels=levels, layout=layout, backend=backend))
 
 
-attend_selected = naming_memory_errors("attention")(functions.attend_selected)
+attend_selected = planned(functions.attend_selected, "attention")
 
 
 def plain(name: str) -> Callable[..., Any]:
@@ -662,7 +662,7 @@ def is_eager(*tensors: Any) -> bool:
         return False
     if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack():
         return False
-    if torch._C._len_torch_function_stack() or torch._ops._len_torch_dispatch_stack_pre_dispatch():
+    if torch._C._len_torch_function_stack():  # where tracing before dispatch has its own too
         return False
     return PLAIN.issuperset(map(type, tensors))
 
@@ -719,7 +719,8 @@ def attend_options(who: str, of: dict[str, Any], levels: int | None, dim: int) -
 def attention(*arrays: Any, **options: Any) -> Any:
     """`llsa_np.attention` on tensors."""
     if len(arrays) == 3 and is_eager(*arrays) and not is_cast(arrays[0]):
-        if need_gradients(*arrays):
+        q, k, v = arrays
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             return differentiable_attention(arrays, options)
         return plain("attention")(*arrays, **options)
     given = arguments("attention", arrays, options)

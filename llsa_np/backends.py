@@ -183,6 +183,7 @@ def choose_compiler(case: Case) -> Backend:
     return backend
 
 
+@cache
 def recorded_devices() -> set[str]:
     """The kinds of devices whose arrays a backend that records serves here."""
     return {DEVICES[name] for name in RECORDS if not _reasons(name)}

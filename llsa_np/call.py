@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from llsa_np.adapters import Adapter, View, common_adapter
 from llsa_np.backends import Backend, Case, Room, Work, check_backend, choose
@@ -23,8 +21,6 @@ from llsa_np.hierarchy import Hierarchy, hierarchy_of
 from llsa_np.options import AttendOptions, Layout, check_layout
 from llsa_np.plans import Recording
 from llsa_np.selection import Selection
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 NO_SELECTION: Any = object()
 """Stands for the argument that `attention` and `select` do not have; None would be a mistake of the caller's."""
@@ -106,28 +102,6 @@ class Call(NamedTuple):
         """A new array of an argument's shape, dtype and layout: for the caller, and as the backend sees it."""
         array, view = self.adapter.empty(tuple(self.sizes[name]), None, self.views[name], self.layout)
         return array, view.array
-
-
-def naming_memory_errors(who: str) -> Callable[[Function], Function]:
-    """A function, whose errors for want of memory, of whichever framework, say what would take less."""
-
-    def named(function: Function) -> Function:
-        @wraps(function)
-        def call(*arrays: Any, **options: Any) -> Any:
-            try:
-                return function(*arrays, **options)
-            except MemoryError as error:
-                told = str(error).rstrip(".") or "out of memory"
-                # An adapter's own type is one that users of its framework catch; CuPy's takes other arguments.
-                kind = type(error) if type(error).__module__.startswith("llsa_np.") else MemoryError
-                raise kind(
-                    f"{who}: {told}. Call it with fewer batch entries, or fewer kv heads with their query heads, at a "
-                    "time: none sees another"
-                ) from error
-
-        return call  # type: ignore[return-value]
-
-    return named
 
 
 def lend(kernels: Backend, adapter: Adapter, like: View, work: Work) -> Room:

@@ -8,9 +8,8 @@ from typing import Any, Literal, TypeVar, overload
 
 from llsa_np.adapters import common_adapter
 from llsa_np.backends import BackendName, Case, Work, check_backend, choose, choose_compiler, serves_gpu
-from llsa_np.call import empty_levels, lend, naming_memory_errors, prepare
+from llsa_np.call import empty_levels, lend, prepare
 from llsa_np.checks import check_dtype_name, check_floats, sizes
-from llsa_np.copies import copied_to_the_device
 from llsa_np.hierarchy import default_levels, hierarchy_of
 from llsa_np.options import (
     MAX_LEVELS,
@@ -74,8 +73,6 @@ def attention(
 
 
 @wrapped_by_frameworks
-@naming_memory_errors("attention")
-@copied_to_the_device
 @planned
 def attention(
     q: Array,
@@ -136,7 +133,6 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-@planned
 def attend_selected(
     q: Array,
     k: Array,
@@ -167,8 +163,6 @@ def attend_selected(
 
 
 @wrapped_by_frameworks
-@naming_memory_errors("select")
-@copied_to_the_device
 @planned
 def select(
     q: Array,
@@ -199,8 +193,6 @@ def select(
 
 
 @wrapped_by_frameworks
-@naming_memory_errors("attend")
-@copied_to_the_device
 @planned
 def attend(
     q: Array,
@@ -236,8 +228,6 @@ def attend(
 
 
 @wrapped_by_frameworks
-@naming_memory_errors("attend_backward")
-@copied_to_the_device
 @planned
 def attend_backward(
     dout: Array,
@@ -301,8 +291,6 @@ def attend_backward(
 
 
 @wrapped_by_frameworks
-@naming_memory_errors("pool")
-@copied_to_the_device
 @planned
 def pool(
     x: Array, *, block_size: int = 16, levels: int = 1, layout: Layout = "bhnd", backend: BackendName = "auto"

@@ -203,44 +203,65 @@ plans: dict[Any, Plan | None] = {}
 _keeping = Lock()
 
 
-def planned(function: Function) -> Function:
-    """The function, which for arrays on a device whose backend records goes by a plan."""
+def planned(function: Function, who: str | None = None) -> Function:
+    """The function, which for arrays on a device whose backend records goes by a plan; and whose errors for want of
+    memory, of whichever framework, say what would take less."""
     parameters = signature(function).parameters
     names = [name for name in parameters if name in ARRAYS]
     needed = [name for name in names if parameters[name].default is Parameter.empty]
     positional = [name for name in names if parameters[name].kind is not Parameter.KEYWORD_ONLY]
 
+    def plan_of(
+        given: tuple[Any, ...], options: dict[str, Any], key: Any, of: Adapter, flat: Sequence[Any]
+    ) -> Plan | None:
+        """A new plan, kept for calls like this one."""
+        kinds = recorded_devices()
+        if not all(may_be_recorded(of, x, kinds) for x in flat):
+            return None
+        plan = record(function, of, dict(zip(names, given)), options)
+        if key is not None:
+            keep(key, plan)
+        return plan
+
     @wraps(function)
     def call(*arrays: Any, **options: Any) -> Any:
-        kinds = recorded_devices()
-        if not kinds or len(arrays) > len(positional):
-            return function(*arrays, **options)
-        given, others = arrays, options
-        if len(arrays) < len(names):
-            by_name = names[len(arrays) :]
-            given = (*arrays, *[options.get(name) for name in by_name])
-            if not options.keys().isdisjoint(by_name):
-                others = {name: value for name, value in options.items() if name not in by_name}
-        found = alike(given, len(needed))
-        if found is None:
-            return function(*arrays, **options)
-        of, keys, flat = found
-        of_options = key_of_options(others)
-        key = None if of_options is None else (function, *keys, *of_options)
-        plan = UNKNOWN if key is None else plans.get(key, UNKNOWN)
-        if plan is UNKNOWN:
-            if not all(may_be_recorded(of, x, kinds) for x in flat):
+        try:
+            if not recorded_devices() or len(arrays) > len(positional):
                 return function(*arrays, **options)
-            # A second look at an option that is used up by the first would find nothing
-            others = {name: tuple(x) if is_used_up(x) else x for name, x in others.items()}
-            plan = record(function, of, dict(zip(names, given)), others)
-            if key is not None:
-                keep(key, plan)
-            if plan is None:
-                return function(**dict(zip(names, given)), **others)
-        return function(*arrays, **options) if plan is None else plan.run(flat)
+            given, others = arrays, options
+            if len(arrays) < len(names):
+                by_name = names[len(arrays) :]
+                given = (*arrays, *[options.get(name) for name in by_name])
+                if not options.keys().isdisjoint(by_name):
+                    others = {name: value for name, value in options.items() if name not in by_name}
+            found = alike(given, len(needed))
+            if found is None:
+                return function(*arrays, **options)
+            of, keys, flat = found
+            of_options = key_of_options(others)
+            key = None if of_options is None else (function, of.name, *keys, *of_options)
+            plan = UNKNOWN if key is None else plans.get(key, UNKNOWN)
+            if plan is UNKNOWN:
+                # A second look at an option that is used up by the first would find nothing
+                options = {name: tuple(x) if is_used_up(x) else x for name, x in options.items()}
+                others = {name: options[name] for name in others}
+                plan = plan_of(given, others, key, of, flat)
+            return function(*arrays, **options) if plan is None else plan.run(flat)
+        except MemoryError as error:
+            raise with_advice(error, who or function.__name__) from error
 
     return call  # type: ignore[return-value]
+
+
+def with_advice(error: MemoryError, who: str) -> MemoryError:
+    """An error for want of memory, with who wanted it and what would take less."""
+    told = str(error).rstrip(".") or "out of memory"
+    # An adapter's own type is one that users of its framework catch; CuPy's takes other arguments.
+    kind = type(error) if type(error).__module__.startswith("llsa_np.") else MemoryError
+    return kind(
+        f"{who}: {told}. Call it with fewer batch entries, or fewer kv heads with their query heads, at a time: none "
+        "sees another"
+    )
 
 
 def alike(given: tuple[Any, ...], needed: int) -> tuple[Adapter, list[Any], Sequence[Any]] | None:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
 
+from llsa_np.copies import copied_to_the_device
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -22,10 +24,10 @@ ones, take calls with such arrays."""
 
 
 def wrapped_by_frameworks(function: Function) -> Function:
-    """The function, whose calls with arrays of a framework that differentiates go through that framework's wrapper;
-    `.plain` is the function without."""
+    """The function, whose calls with arrays of a framework that differentiates go through that framework's wrapper, and
+    whose calls with NumPy arrays for a GPU through copies; `.plain` is the function without."""
 
-    name = function.__name__
+    name, copied = function.__name__, copied_to_the_device(function)
 
     # A compiler may read through this: no import by name, no table of imported modules.
     @wraps(function)
@@ -37,7 +39,7 @@ def wrapped_by_frameworks(function: Function) -> Function:
                 first = len(arrays) > 0 and isinstance(arrays[0], arrays_type)
                 if first or any(isinstance(x, arrays_type) for x in (*arrays, *options.values())):
                     return getattr(wrapper(), name)(*arrays, **options)
-        return function(*arrays, **options)
+        return copied(*arrays, **options)
 
     call.plain = function  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]

@@ -86,6 +86,7 @@ def install():
     backends.DEVICES["cupy_raw"] = "cpu"
     found = backends._reasons
     backends._reasons = lambda name: () if name == "cupy_raw" else found(name)
+    backends.recorded_devices.cache_clear()
     importlib.import_module("llsa_np.copies").ON_A_DEVICE = ("numba_cuda",)
     program = importlib.import_module("llsa_np.gpu.cupy_raw.program")
     program.starter, program.on_device = starter, lambda _: nullcontext()

@@ -14,6 +14,7 @@ from strategies import EMULATED
 
 import llsa_np as llsa
 from llsa_np import plans
+from llsa_np.adapters.numpy_arrays import NumpyAdapter
 
 if not EMULATED:
     pytest.skip("calls are planned for a backend that records (LLSA_CUDA_EMULATOR=1)", allow_module_level=True)
@@ -277,3 +278,24 @@ def test_threads_that_call_at_once(monkeypatch):
         assert len(keys) == 2000
     for (x, _), of in zip(sets, expected):  # the emulator runs one launch at a time
         assert_close(llsa.attention(*x, **OPTIONS), of)
+
+
+def test_frameworks_do_not_share_a_plan(kept, monkeypatch):
+    """Though their arrays' sizes, strides and dtypes may read alike: results come from the caller's own."""
+
+    class Other(np.ndarray):
+        pass
+
+    class OtherAdapter(NumpyAdapter):
+        name = "other"
+
+        def maker(self, shape, dtype, like):
+            return lambda: np.empty(shape, dtype).view(Other)
+
+    q, k, v = arrays()
+    plain = plans.adapter_of_type
+    other = OtherAdapter()
+    monkeypatch.setattr(plans, "adapter_of_type", lambda kind: other if kind is Other else plain(kind))
+    for kind in (np.ndarray, Other, np.ndarray):
+        assert type(llsa.attention(*(x.view(kind) for x in (q, k, v)), **OPTIONS)) is kind
+    assert len(kept()) == 2
