@@ -250,10 +250,10 @@ def run_attention(
     q: Any, k: Any, v: Any, block_size: int, levels: Any, topk: Any, per_level: bool, *options: Any
 ) -> Any:
     """out, lse and the selected tokens of every level."""
-    out, lse, selection = attend_selected(
+    out, lse, *selected = attend_selected(
         q, k, v, block_size=block_size, levels=levels, topk=plain_topk(topk, per_level), **attending(options)
     )
-    return out, lse, list(selection)
+    return out, lse, selected
 
 
 @implements("select")
@@ -519,17 +519,19 @@ class EagerAttention(torch.autograd.Function):
     call itself."""
 
     @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, v: Any, of: dict[str, Any]) -> Any:
-        out, lse, selection = attend_selected(q, k, v, **of)
+    def forward(ctx: Any, q: Any, k: Any, v: Any, options: dict[str, Any]) -> Any:
+        out, lse, *selected = attend_selected(q, k, v, **options)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse, *selection)
-        scale = None if of["scale"] is None else float(of["scale"])
-        options = (of["enrich"], bool(of["reweight"]), scale, of["layout"], of["backend"], of["precision"])
-        ctx.options = (selection.block_size, *options)
+        ctx.save_for_backward(q, k, v, out, lse, *selected)
+        ctx.given = options
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Any, dlse: Any) -> Any:
+        of = PARAMETERS["attention"][1] | ctx.given
+        scale = None if of["scale"] is None else float(of["scale"])
+        options = (of["enrich"], bool(of["reweight"]), scale, of["layout"], of["backend"], of["precision"])
+        ctx.options = (int(of["block_size"]), *options)
         return *gradients(ctx, dout, dlse), None
 
 
@@ -747,12 +749,13 @@ def attention(*arrays: Any, **options: Any) -> Any:
 
 def differentiable_attention(arrays: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """A call that nothing but autograd looks at, in the fewest steps; what it is given is checked on the way."""
-    of = PARAMETERS["attention"][1] | options
-    if len(of) > len(PARAMETERS["attention"][1]):  # the plain function tells which option there is not
+    if not options.keys() <= PARAMETERS["attention"][1].keys():  # the plain function tells which option there is not
         return plain("attention")(*arrays, **options)
-    return_lse = check_flag("attention", "return_lse", of.pop("return_lse"))
-    enrich = as_tuple(of["enrich"])
-    out, lse = EagerAttention.apply(*arrays, of if enrich is None else of | {"enrich": enrich})
+    return_lse = check_flag("attention", "return_lse", options.pop("return_lse", False))
+    enrich = as_tuple(options.get("enrich"))
+    if enrich is not None:  # for the gradients a second time
+        options["enrich"] = enrich
+    out, lse = EagerAttention.apply(*arrays, options)
     return (out, lse) if return_lse else out
 
 

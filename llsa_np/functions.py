@@ -116,7 +116,7 @@ def attention(
     Source: spec.md; arXiv 2512.16615.
     """
     return_lse = check_flag("attention", "return_lse", return_lse)
-    out, lse, _ = attend_selected(
+    out, lse, *_ = attend_selected(
         q,
         k,
         v,
@@ -138,17 +138,17 @@ def attend_selected(
     k: Array,
     v: Array,
     *,
-    block_size: Any,
-    levels: Any,
-    topk: Any,
-    enrich: Any,
-    reweight: Any,
-    scale: Any,
-    layout: Any,
-    backend: Any,
-    precision: Any,
-) -> tuple[Array, Array, Selection]:
-    """`attention` for those who need its selection too, for gradients: out, lse, selection."""
+    block_size: Any = 16,
+    levels: Any = None,
+    topk: Any = 8,
+    enrich: Any = None,
+    reweight: Any = True,
+    scale: Any = None,
+    layout: Any = "bhnd",
+    backend: Any = "auto",
+    precision: Any = "full",
+) -> tuple[Any, ...]:
+    """`attention` for those who need its selection too, for gradients: out, lse, S_1 .. S_L."""
     who = "attention"
     call = prepare(who, backend, layout, {"q": q, "k": k, "v": v})
     block_size, levels, topks = pyramid(who, block_size, levels, topk, call.sizes["k"].tokens)
@@ -159,7 +159,7 @@ def attend_selected(
     selection = call.select(kernels, k_levels, key_hierarchy, topks)
     v_levels = call.levels(kernels, "v", key_hierarchy)
     out, lse = call.attend(kernels, k_levels, v_levels, selection, options)
-    return out, lse, selection
+    return out, lse, *selection
 
 
 @wrapped_by_frameworks

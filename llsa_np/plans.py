@@ -172,7 +172,7 @@ class Plan:
                 self.launches = recording.backend.prepared(recording.launches, self.places, self.like.device)
             pointer = self.adapter.pointer
             self.launches([pointer(x) for x in (*arrays, *made)], self.adapter.stream(self.like))
-        return filled(self.results, iter(made))
+        return made[0] if isinstance(self.results, StandIn) else filled(self.results, iter(made))
 
 
 def leaves(results: Any) -> list[StandIn]:
@@ -187,7 +187,7 @@ def filled(results: Any, arrays: Iterator[Any]) -> Any:
     if results is None:
         return None
     if isinstance(results, tuple):
-        return tuple([filled(part, arrays) for part in results])
+        return tuple([next(arrays) if type(part) is StandIn else filled(part, arrays) for part in results])
     if isinstance(results, Selection):
         return results._with_arrays(next(arrays) for _ in results)
     return next(arrays)
