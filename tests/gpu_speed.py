@@ -2,8 +2,8 @@
 
 Medians by device events, of calls that follow one another without waiting for the device: so the host's share is seen
 only where it is the longer one; it is told by itself as well. Before each, a quarter of a second of the same calls: the
-card's clocks are then those of this work, not of the dense attention before it. Peak memory of a forward and a backward call is what lies
-beyond q, k, v, dO, out and the three gradients.
+card's clocks are then those of this work, not of the dense attention before it. Peak memory of a forward and a backward
+call is what lies beyond q, k, v, dO, out and the three gradients.
 """
 
 import statistics
