@@ -151,7 +151,7 @@ def test_options_may_be_arrays_of_numpy():
         lambda: llsa.attend(x, x, x, selection=on_device, backend="numba_cuda"),
         lambda: llsa.attend(x, x, x, on_device, backend="numba_cuda"),
     ):
-        with pytest.raises(TypeError, match="NumPy and selection one of Numba"):
+        with pytest.raises(TypeError, match="NumPy and level 1 of selection one of Numba"):
             call()
 
 
