@@ -1,8 +1,8 @@
 """PyTorch: tensors on the CPU and on CUDA devices, and the operators by which autograd, compile and vmap know LLSA.
 
-A call that records no gradient goes straight to the backend. Any other goes through the operators `llsa::attention`,
-`llsa::select`, `llsa::attend`, `llsa::attend_backward` and `llsa::pool`, whose implementation is the same plain
-function on tensors.
+A call that records no gradient goes straight to the backend, and so does `attention` where eager autograd alone records
+one. Any other goes through the operators `llsa::attention`, `llsa::select`, `llsa::attend`, `llsa::attend_backward` and
+`llsa::pool`, whose implementation is the same plain function on tensors.
 """
 
 from __future__ import annotations
@@ -515,8 +515,8 @@ class ReverseOnly(torch.autograd.Function):
 
 
 class EagerAttention(torch.autograd.Function):
-    """`llsa::attention` where nothing but gradients is recorded: without the dispatcher, which takes longer than the
-    call itself."""
+    """`attention` where nothing but gradients is recorded: without the dispatcher, and without what torch.func asks of
+    a Function."""
 
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any, options: dict[str, Any]) -> Any:

@@ -35,7 +35,7 @@ def copied_to_the_device(function: Function) -> Function:
 
     @wraps(function)
     def call(*arrays: Any, **options: Any) -> Any:
-        if arrays and not isinstance(arrays[0], np.ndarray):  # as most are; all are of one kind
+        if arrays and not isinstance(arrays[0], np.ndarray):  # nothing to copy, or a mixture, which it judges itself
             return function(*arrays, **options)
         backend = options.get("backend", "auto")
         if not isinstance(backend, str) or backend not in ON_A_DEVICE or backends()[backend]:

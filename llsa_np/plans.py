@@ -52,11 +52,6 @@ class StandIn:
         self.recording, self.ptr, self.shape, self.strides, self.dtype, self.device = values
 
     @property
-    def data(self) -> StandIn:
-        """As CuPy's arrays have it: `.data.ptr` is where they begin."""
-        return self
-
-    @property
     def size(self) -> int:
         """The number of elements."""
         return prod(self.shape)
@@ -211,18 +206,6 @@ def planned(function: Function, who: str | None = None) -> Function:
     needed = [name for name in names if parameters[name].default is Parameter.empty]
     positional = [name for name in names if parameters[name].kind is not Parameter.KEYWORD_ONLY]
 
-    def plan_of(
-        given: tuple[Any, ...], options: dict[str, Any], key: Any, of: Adapter, flat: Sequence[Any]
-    ) -> Plan | None:
-        """A new plan, kept for calls like this one."""
-        kinds = recorded_devices()
-        if not all(may_be_recorded(of, x, kinds) for x in flat):
-            return None
-        plan = record(function, of, dict(zip(names, given)), options)
-        if key is not None:
-            keep(key, plan)
-        return plan
-
     @wraps(function)
     def call(*arrays: Any, **options: Any) -> Any:
         try:
@@ -245,7 +228,11 @@ def planned(function: Function, who: str | None = None) -> Function:
                 # A second look at an option that is used up by the first would find nothing
                 options = {name: tuple(x) if is_used_up(x) else x for name, x in options.items()}
                 others = {name: options[name] for name in others}
-                plan = plan_of(given, others, key, of, flat)
+                plan = None
+                if all(may_be_recorded(of, x) for x in flat):
+                    plan = record(function, of, dict(zip(names, given)), others)
+                    if key is not None:
+                        keep(key, plan)
             return function(*arrays, **options) if plan is None else plan.run(flat)
         except MemoryError as error:
             raise with_advice(error, who or function.__name__) from error
@@ -270,7 +257,7 @@ def alike(given: tuple[Any, ...], needed: int) -> tuple[Adapter, list[Any], Sequ
     of = adapter_of_type(type(given[0])) if given else None
     if of is None or of.name == adapter.name:
         return None
-    if len(set(map(type, given))) == 1:  # q, k and v, in 5 us of the host instead of 8
+    if len(set(map(type, given))) == 1:  # q, k and v of one type: 1.2 to 1.8 us less of a host than what follows, of 10
         keys: list[Any] = list(map(of.key, given))
         return None if None in keys else (of, keys, given)
     keys, flat = [], []
@@ -291,12 +278,13 @@ def alike(given: tuple[Any, ...], needed: int) -> tuple[Adapter, list[Any], Sequ
     return of, keys, flat
 
 
-def may_be_recorded(of: Adapter, x: Any, kinds: set[str]) -> bool:
+def may_be_recorded(of: Adapter, x: Any) -> bool:
     """Whether an array is one with numbers that kernels can read, on a device whose arrays a backend records for."""
     if not of.owns(x):
         return False
     view = of.view(x)
-    return view.device.partition(":")[0] in kinds and isinstance(getattr(view.array, "dtype", None), np.dtype)
+    is_there = view.device.partition(":")[0] in recorded_devices()
+    return is_there and isinstance(getattr(view.array, "dtype", None), np.dtype)
 
 
 def is_used_up(x: Any) -> bool:

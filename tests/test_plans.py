@@ -268,14 +268,15 @@ def test_the_one_not_needed_for_longest_makes_room(kept, monkeypatch):
     assert recorded == [50, 20, 30, 40, 60, 70, 20]
 
 
-def test_threads_that_call_at_once(monkeypatch):
-    """Calls alike, with plans that come and go."""
+def test_threads_that_keep_plans_at_once(monkeypatch):
+    """None sees another's half-done eviction; then calls whose plans come and go."""
     monkeypatch.setattr(plans, "MOST_PLANS", 2)
     sets = [(arrays(tokens=20 + 3 * (i % 3), seed=i), i) for i in range(24)]
     expected = [reference(*x) for x, _ in sets]
     with ThreadPoolExecutor(6) as threads:
         keys = list(threads.map(lambda x: plans.keep(x, None), range(2000)))
         assert len(keys) == 2000
+    assert len(plans.plans) == 2
     for (x, _), of in zip(sets, expected):  # the emulator runs one launch at a time
         assert_close(llsa.attention(*x, **OPTIONS), of)
 

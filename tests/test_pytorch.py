@@ -1,6 +1,7 @@
 """PyTorch: what makes a call one of its own operations. The numbers themselves the rest of the suite checks."""
 
 import gc
+import inspect
 import shutil
 import weakref
 
@@ -23,6 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from llsa_np import functions
 from llsa_np.adapters import pytorch
 
 OPTIONS = {"block_size": 4, "topk": 2}
@@ -630,7 +632,7 @@ def test_a_maker_keeps_no_tensor():
     assert make().shape == (2,)
 
 
-def test_gradients_for_which_there_is_no_memory(monkeypatch):
+def test_a_call_for_which_there_is_no_memory(monkeypatch):
     """With or without autograd, told by the call's name."""
 
     def fail(*_, **__):
@@ -642,3 +644,10 @@ def test_gradients_for_which_there_is_no_memory(monkeypatch):
             patch.setattr(torch, "empty", fail)
             with pytest.raises(torch.OutOfMemoryError, match=r"^attention: .* fewer batch entries"):
                 attention(*arrays)
+
+
+def test_defaults_are_the_same_with_a_gradient():
+    """A call that records one goes by `attend_selected`, whose options have defaults of their own."""
+    public, selected = (inspect.signature(f).parameters for f in (llsa.attention, functions.attend_selected))
+    defaults = {name: of.default for name, of in public.items() if name != "return_lse"}
+    assert defaults == {name: of.default for name, of in selected.items()}
