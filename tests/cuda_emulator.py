@@ -25,10 +25,10 @@ KERNELS_OF = {
     "attend.cu": ("attend",),
     "attend_backward.cu": (
         *("prepare", "query_gradient"),
-        *("key_gradient", "key_gradient_joint", "key_gradient_dense"),
+        *("key_gradient", "key_gradient_joint", "key_gradient_dense", "key_gradient_rows"),
     ),
     "transpose.cu": ("clear_starts", "count_pairs", "sum_chunks", "sum_counts", "count_items", "place_pairs"),
-    "unpool.cu": ("unpool", "finish", "clear"),
+    "unpool.cu": ("unpool", "finish", "gather", "clear"),
 }
 HEAD = """
 #include "cuda.h"

@@ -48,7 +48,7 @@ COVER = [
     (Tile("float32", 128), False, "sm_90a"),
     (Tile("float32", 256), True, "sm_120"),
 ]
-HOT = {"attend", "query_gradient", "key_gradient", "key_gradient_joint", "key_gradient_dense"}
+HOT = {"attend", "query_gradient", "key_gradient", "key_gradient_joint", "key_gradient_dense", "key_gradient_rows"}
 HOT_SPILL = {"sm_80": 16, "sm_90a": 16, "sm_100": 32, "sm_120": 32}
 """Bytes that a hot kernel of the usual tile may spill, none of them in a loop."""
 
@@ -622,6 +622,7 @@ STRUCTS = {
     ("transpose.cu", "Arguments"): transpose.ARGUMENTS.format,
     ("unpool.cu", "Arguments"): attend_backward.UNPOOL.format,
     ("unpool.cu", "Finish"): attend_backward.FINISH.format,
+    ("unpool.cu", "Gather"): attend_backward.GATHER.format,
     ("unpool.cu", "Clear"): attend_backward.CLEAR.format,
 }
 """What kernels take, as C tells it, and the format in which it is packed."""
@@ -727,6 +728,26 @@ def test_lists_that_are_cut_into_pieces(block_size, group, monkeypatch):
     again = run(case, "cupy_raw", NumPy, selection=first.selection)
     for name in first.arrays:
         assert_same_bits(first[name], again[name])
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("block_size", "group", "data"), [(16, 1, "random"), (16, 2, "one_popular_key"), (32, 1, "tied")]
+)
+def test_queries_read_row_by_row(block_size, group, data, monkeypatch):
+    """Of all levels between the first and the coarsest that may be, with ragged last rows, and pieces of rows."""
+    monkeypatch.setattr(attend_backward, "LEAST_ROW_PIECE", 64)
+    monkeypatch.setattr(attend_backward, "PARTS", 1)
+    monkeypatch.setattr(plans, "plans", {})
+    case = Case(dtype="float32", query_tokens=300, key_tokens=500, levels=2, topk=2, group=group, batch=2, data=data)
+    case = case.but(block_size=block_size, dim=16, value_dim=24)
+    results = run(case, "cupy_raw", NumPy)
+    assert_within_bounds(case, results, reference(case, results.selection))
+    names = [launch.kernel.name for plan in plans.plans.values() if plan for launch in plan.recording.launches]
+    assert names.count("key_gradient_rows") == 1
+    again = run(case, "cupy_raw", NumPy, selection=results.selection)
+    for name in results.arrays:
+        assert_same_bits(results[name], again[name])
 
 
 @emulated
