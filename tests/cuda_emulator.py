@@ -89,4 +89,4 @@ def install():
     backends.recorded_devices.cache_clear()
     importlib.import_module("llsa_np.copies").ON_A_DEVICE = ("numba_cuda",)
     program = importlib.import_module("llsa_np.gpu.cupy_raw.program")
-    program.starter, program.on_device = starter, lambda _: nullcontext()
+    program.starter, program.OnDevice = starter, lambda _: nullcontext()

@@ -102,10 +102,15 @@ def test_every_card_has_the_shared_memory(tile):
 @on_compiler
 @pytest.mark.parametrize(("tile", "whole", "arch"), COVER, ids=str)
 def test_a_cover_of_the_specialisations_compiles(tile, whole, arch):
-    """And fits every card of the architecture. The rest is left to `make kernels`."""
-    kernels = kernels_of(tile, whole)
-    if tile.WIDTH <= attend_backward.MOST_BOTH:
-        kernels = [kernel for kernel in kernels if not is_of_one_gradient(kernel)]
+    """And fits every card of the architecture. The rest is left to `make kernels`: kernels of one gradient alone, and
+    where a tile is so wide that each gradient has its own, those of one of the two."""
+    left_out = {"bfloat16": "NEEDS_K", "float32": "NEEDS_V"}.get(tile.dtype)
+    kernels = [
+        kernel
+        for kernel in kernels_of(tile, whole)
+        if not is_of_one_gradient(kernel)
+        or (tile.WIDTH > attend_backward.MOST_BOTH and (left_out, "0") in kernel.defines)
+    ]
     dynamic = {(kernel.source, kernel.defines, kernel.name): kernel.shared_bytes for kernel in kernels}
     for kernel in compilations(kernels):
         found = measured(kernel, arch)
@@ -570,12 +575,12 @@ def test_a_driver_that_cupy_does_not_take(cupy, machine):
     machine.driver = 12040
     cupy.fails_at_once = "cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version"
     told = r"CuPy, built for CUDA 13\.2, cannot use the NVIDIA driver, of CUDA 12\.4: cudaErrorInsufficientDriver.*580"
-    for call in (lambda: program.on_device(0).__enter__(), lambda: program.precompile([QUICK], None)):
+    for call in (lambda: program.OnDevice(0).__enter__(), lambda: program.precompile([QUICK], None)):
         with pytest.raises(RuntimeError, match=told) as caught:
             call()
         assert isinstance(caught.value.__cause__, FakeCuPy.CUDARuntimeError)
     cupy.fails_at_once = None
-    with program.on_device(0):
+    with program.OnDevice(0):
         assert cupy.device == 0
 
 
@@ -730,24 +735,69 @@ def test_lists_that_are_cut_into_pieces(block_size, group, monkeypatch):
         assert_same_bits(first[name], again[name])
 
 
+BY_ROWS = Case(
+    dtype="float32", query_tokens=300, key_tokens=500, block_size=16, levels=2, topk=2, batch=2, dim=16, value_dim=24
+)
+"""With a ragged last row."""
+
+
+@pytest.fixture
+def by_rows(monkeypatch):
+    """Levels whose queries are read row by row although rows are short; and how many such launches were planned."""
+    monkeypatch.setattr(attend_backward, "LEAST_ROW_PIECE", 64)
+    monkeypatch.setattr(attend_backward, "QUERIES_PER_KEY", 1)
+    monkeypatch.setattr(plans, "plans", {})
+
+    def count():
+        names = [launch.kernel.name for plan in plans.plans.values() if plan for launch in plan.recording.launches]
+        return names.count("key_gradient_rows")
+
+    return count
+
+
 @emulated
 @pytest.mark.parametrize(
-    ("block_size", "group", "data"), [(16, 1, "random"), (16, 2, "one_popular_key"), (32, 1, "tied")]
+    ("case", "levels"),
+    [
+        (BY_ROWS, 1),
+        (BY_ROWS.but(group=2, data="one_popular_key"), 1),
+        (BY_ROWS.but(block_size=32, key_tokens=2100, batch=1, data="tied"), 1),
+        (BY_ROWS.but(levels=3, topk=(2, 2, 1), batch=1), 2),  # one hands down to the next
+        (BY_ROWS.but(enrich=(1,), batch=1), 1),  # nothing is handed down to it
+        (BY_ROWS.but(dtype="bfloat16", dim=136, value_dim=144, batch=1), 2),  # dk and dv in launches of their own
+        (BY_ROWS.but(topk=3), 0),  # a row has two tokens to select
+    ],
+    ids=["pieces", "group", "two warps a parent", "two levels", "on top", "wide", "empty columns"],
 )
-def test_queries_read_row_by_row(block_size, group, data, monkeypatch):
-    """Of all levels between the first and the coarsest that may be, with ragged last rows, and pieces of rows."""
-    monkeypatch.setattr(attend_backward, "LEAST_ROW_PIECE", 64)
-    monkeypatch.setattr(attend_backward, "PARTS", 1)
-    monkeypatch.setattr(plans, "plans", {})
-    case = Case(dtype="float32", query_tokens=300, key_tokens=500, levels=2, topk=2, group=group, batch=2, data=data)
-    case = case.but(block_size=block_size, dim=16, value_dim=24)
+def test_queries_read_row_by_row(case, levels, by_rows):
     results = run(case, "cupy_raw", NumPy)
     assert_within_bounds(case, results, reference(case, results.selection))
-    names = [launch.kernel.name for plan in plans.plans.values() if plan for launch in plan.recording.launches]
-    assert names.count("key_gradient_rows") == 1
+    assert by_rows() == levels
     again = run(case, "cupy_raw", NumPy, selection=results.selection)
     for name in results.arrays:
         assert_same_bits(results[name], again[name])
+
+
+@emulated
+def test_rows_that_kept_less(by_rows):
+    """Or nothing: what other rows have in their places does not count; and each gradient is the same alone."""
+    q, k, v, dout, dlse = BY_ROWS.arrays()
+    selection = llsa.select(q, k, backend="numpy", **BY_ROWS.select_options)
+    levels = [level.copy() for level in selection]
+    levels[1][0, :, :, 1] = -1
+    levels[1][1, :, :1] = -1
+    selection = llsa.Selection(levels, block_size=16, query_tokens=300, key_tokens=500)
+    results = run(BY_ROWS, "cupy_raw", NumPy, (q, k, v, dout, dlse), selection)
+    assert_within_bounds(BY_ROWS, results, reference(BY_ROWS, selection))
+    assert by_rows() == 1
+    out, lse = llsa.attend(q, k, v, selection, backend="cupy_raw", **BY_ROWS.attend_options)
+    for needed in ("k", "v"):
+        alone = llsa.attend_backward(
+            *(dout, q, k, v, out, lse, selection),
+            **BY_ROWS.attend_options | {"dlse": dlse, "needs": (needed,), "backend": "cupy_raw"},
+        )
+        assert_same_bits(alone["qkv".index(needed)], results[f"d{needed}"])
+    assert by_rows() == 3
 
 
 @emulated

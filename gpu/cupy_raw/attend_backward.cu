@@ -1,8 +1,8 @@
 // Gradients of attention (spec.md, Gradients).
 //
 // dq walks the queries' lists as attention does. dk and dv swap the roles: a warp has 16 keys and walks the queries that
-// attend to them, which transpose.cu has listed. Nothing is scattered, so no two threads ever add to one number, and every
-// sum has one order.
+// attend to them, which transpose.cu has listed where they are few at a time. Nothing is scattered, so no two threads ever
+// add to one number, and every sum has one order.
 //
 //     prepare              of each query: lse in powers of two, and <dO, out> - dlse
 //     query_gradient       dq_t = scale sum_j dS_tj k_l[j]
@@ -11,7 +11,8 @@
 //     key_gradient_rows    the same of a level that many queries at a time select from: they are read row by row
 //     unpool               from level to level down: own sum / count + what the parent hands down
 //     finish               keys whose list was cut into pieces: their sums, in order
-//     gather               keys of key_gradient_rows: the sums of all rows that selected them, in order; and `unpool`
+//     gather               keys of key_gradient_rows: what each has of all rows that selected it, in order, divided by its
+//                          count, plus what the parent hands down, as `unpool` does
 #include <walk.cuh>
 
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -27,7 +28,8 @@ struct Arguments {
     Row* rows_of;                     // (batch * heads, padded queries)
     const int *starts, *rows, *items; // as transpose.cu left them
     float *k_sums, *v_sums;           // of the level, (batch * kv_heads, length, dims): what coarse levels leave
-    float *k_parts, *v_parts;         // of pieces
+    float *k_parts, *v_parts;         // of pieces: (pieces, lists, length, dims), (spare, b, dims) for lists of rows, and
+                                      // (lists, rows, pieces, columns, b, dims) for `key_gradient_rows`
     const float *k_above, *v_above;   // what level 1 hands down, for level 0
     int batch, heads, kv_heads, queries, padded, dims, value_dims, block_bits, levels;
     int length, row_length, row_count, columns, parents, ranges, run, run_log, run_bits, split, spare;
@@ -448,7 +450,7 @@ key_gradient_dense(const __grid_constant__ Arguments a) {
 // A level whose rows of the selection are each of many queries. A block has one piece of the queries of a row and KEY_WARPS
 // times 16 keys of those that the row selected, so a tile of queries is read once for as many keys as on the coarsest
 // level, and blocks with the same queries follow each other. `gather` adds up what each key has of all rows. On an H100
-// (K = 8, b = 16, D = 64, 8 heads), 1,048,576 tokens: 1.9 ms a level and 0.15 of `gather`, where lists took 3.8 and 5.5.
+// (bfloat16, K = 8, b = 16, D = 64, 8 heads), 1,048,576 tokens: 1.8 ms a level and 0.2 of `gather`; lists: 3.8 and 5.5.
 extern "C" __global__ void __launch_bounds__(KEY_WARPS * WARP, DENSE_BLOCKS)
 key_gradient_rows(const __grid_constant__ Arguments a) {
     const int lane = threadIdx.x % WARP, i_warp = threadIdx.x / WARP;
@@ -464,8 +466,9 @@ key_gradient_rows(const __grid_constant__ Arguments a) {
     const int* parents = parents_of(level, i_batch, i_head, first_query);
     const int parent = parent_at(level, parents, place, a.block_bits), key = token_of(level, parent, place, a.block_bits);
     const int first_key = max(0, key), end_key = key < 0 ? 0 : min(a.length, first_key + 16);
-    const int of_row = (min(i64(1) << level.span_bits, a.queries - first_query) + 15) / 16;
-    const int first_tile = i_piece * a.tiles_of_piece, end = min(of_row, first_tile + a.tiles_of_piece);
+    if (!__syncthreads_or(key >= 0)) return;   // nobody's parts: the row kept fewer tokens than there are columns
+    const int row_tiles = (min(i64(1) << level.span_bits, a.queries - first_query) + 15) / 16;
+    const int first_tile = i_piece * a.tiles_of_piece, end = min(row_tiles, first_tile + a.tiles_of_piece);
     Keys keys;
     share_queries(keys, a, i_batch, i_kv, first_key, end_key, first_tile, end,
                   [&](int tile) { return Spot{i_head, int(first_query) + tile * 16}; });

@@ -29,11 +29,15 @@ DENSE_PIECES = 96
 DENSE_KEYS = 64
 MOST_DENSE_PIECES = 256
 """Their sums take memory, and are added up one after another."""
-LEAST_ROW_PIECE = 2**12
-"""Queries of a piece of a row of the selection. A backward of 65,536 tokens with L = 3 takes 1.42 ms with 4,096 of them,
-1.46 with 2,048 and 1.56 without; one of 1,048,576 with L = 4: 26.4, 26.2 and 31.1 (with 8,192: 29.6)."""
-PARTS = 16
-"""Such a piece has so many times more queries than keys, at least: their sums take memory."""
+LEAST_ROW_PIECE = 2**11
+"""Queries of a piece of a row of the selection, at least. Measured as in attend.py, ms of a whole backward with 2,048
+of them, with 4,096, and by lists: 65,536 tokens, L = 3, with 8 heads 1.44, 1.42, 1.55; with one 0.42, 0.47, 0.43.
+1,048,576 tokens, L = 4, 8 heads: 25.7, 27.1, 30.7."""
+QUERIES_PER_KEY = 8
+"""Of such a piece, at least: the keys' sums take memory. With b = 64 and L = 2, 65,536 tokens take 2.74 ms with 8 of
+them and 3.18 with 16, which are too many for that level."""
+MOST_ROWS = 2**12
+"""Of a head."""
 MOST_ROW_REGISTERS = 64
 """The widest tile of which a warp keeps its own rows, of two arrays, in registers."""
 MOST_BOTH = 128
@@ -48,9 +52,9 @@ class KeySplit(NamedTuple):
     KEY_BLOCKS: int
     """Blocks of a multiprocessor for which registers are kept."""
     DENSE_STAGES: int
-    """Tiles of queries that are there or on their way, on the coarsest level, where all warps share them."""
+    """Tiles of queries that are there or on their way, where all warps share them: coarsest level, and row by row."""
     DENSE_BLOCKS: int
-    """As KEY_BLOCKS, on the coarsest level."""
+    """As KEY_BLOCKS, for these."""
 
 
 def key_split_for(tile: Tile) -> KeySplit:
@@ -172,14 +176,19 @@ class RowPieces(NamedTuple):
     """Of 16 queries, of a piece."""
 
 
-def row_pieces(level: int, hierarchy: Hierarchy, queries: int, topk: int) -> RowPieces | None:
-    """None where a row has too few queries for the sums of its keys, and where 16 keys are of two parents."""
-    block_size = hierarchy.block_size
-    run = min(block_size ** (level + 1), -(-queries // 16) * 16)
-    piece = max(LEAST_ROW_PIECE, PARTS * topk * block_size)
-    if level == 0 or block_size < 16 or run < piece:
+def row_pieces(level: int, hierarchy: Hierarchy, query_hierarchy: Hierarchy, topk: int) -> RowPieces | None:
+    """None where lists do better: on level 0, whose sums are results; where 16 keys are of two parents; where some
+    columns are empty in every row; where rows are many, as `gather` goes through all of them for each parent; and where
+    a row has too few queries for the sums of its keys."""
+    block_size, queries = hierarchy.block_size, query_hierarchy.tokens
+    if level == 0 or block_size < 16 or topk > hierarchy.lengths[level + 1]:
         return None
-    return RowPieces(-(-run // piece), piece // 16)
+    run = min(block_size ** (level + 1), queries)
+    pieces = run // max(LEAST_ROW_PIECE, QUERIES_PER_KEY * topk * block_size)
+    if pieces == 0 or query_hierarchy.lengths[level + 1] > MOST_ROWS:
+        return None
+    tiles = -(-run // 16)
+    return RowPieces(pieces, -(-tiles // pieces))
 
 
 def backward_spaces(
@@ -204,9 +213,9 @@ def backward_spaces(
                 places = max(
                     places, dense_pieces(queries, group, hierarchy.lengths[level])[0] * hierarchy.lengths[level]
                 )
-            elif (of_row := row_pieces(level, hierarchy, queries, topk[level])) is not None:
+            elif (cut := row_pieces(level, hierarchy, query_hierarchy, topk[level])) is not None:
                 rows = group * query_hierarchy.lengths[level + 1]
-                places = max(places, rows * of_row.pieces * topk[level] * hierarchy.block_size)
+                places = max(places, rows * cut.pieces * topk[level] * hierarchy.block_size)
             else:
                 of = lists_of(level, hierarchy, query_hierarchy, topk[level], group)
                 integers = [max(pair) for pair in zip(integers, transpose_spaces(lists, of))]
@@ -299,7 +308,7 @@ def attend_backward(
             *(batch, heads, kv_heads, queries, padded(queries), dim, value_dim, block_bits, len(options.levels)),
             *(hierarchy.lengths[level], *(NO_LISTS if of is None else of)),
             *(dense_pieces(queries, group, hierarchy.lengths[level]) if pieces is None else pieces),
-            options.levels.index(level) if level in options.levels else 0,
+            options.levels.index(level),
             *(options.scale * math.log2(math.e), options.scale, *log_counts(level, hierarchy, options.reweight)),
             *levels,
         )
@@ -319,7 +328,7 @@ def attend_backward(
         if gradient is not None
     ]
 
-    def by_rows(level: int, of_row: RowPieces, has_above: bool) -> None:
+    def by_rows(level: int, cut: RowPieces, has_above: bool) -> None:
         """A coarse level whose queries are read row by row, down to its totals."""
         chosen, length = selected[level], hierarchy.lengths[level]
         row_length, columns, parents = chosen.shape[2], chosen.shape[3], hierarchy.lengths[level + 1]
@@ -327,18 +336,19 @@ def attend_backward(
         for need_k, need_v in launches:
             kernel = gradient_kernels(tile, whole, need_k, need_v).key_gradient_rows
             groups = -(-columns * hierarchy.block_size // (kernel.threads // 2))
-            values = arguments(level, of, need_k, need_v, of_row)
-            launch(kernel, lists * of.row_count * of_row.pieces * groups, ARGUMENTS, values, recording)
+            values = arguments(level, of, need_k, need_v, cut)
+            launch(kernel, lists * of.row_count * cut.pieces * groups, ARGUMENTS, values, recording)
         for _, parts, of_levels in wanted:
             dims = of_levels[level].shape[2]
             gather = (
                 *(*array(chosen), parts.ptr, of_levels[level + 1].ptr if has_above else 0, of_levels[level].ptr),
-                *(heads, group, row_length, of.row_count, columns, parents, of_row.pieces, length, dims, block_bits),
+                *(heads, group, row_length, of.row_count, columns, parents, cut.pieces, length, dims, block_bits),
                 *(min(hierarchy.stride(level), hierarchy.tokens), hierarchy.last_count(level)),
             )
             chunks = -(-(dims // 4 * hierarchy.block_size) // UNPOOL_THREADS)
             launch(unpool_kernel("gather", dtype), lists * parents * chunks, GATHER, gather, recording)
 
+    cuts = [row_pieces(x, hierarchy, query_hierarchy, chosen.shape[3]) for x, chosen in enumerate(selected)]
     has_above = False
     for level in range(used, -1, -1):
         takes_part, is_dense = level in options.levels, level == hierarchy.levels
@@ -350,8 +360,8 @@ def attend_backward(
                 key_groups = -(-hierarchy.lengths[level] // (kernel.threads // 2))
                 values = arguments(level, None, need_k, need_v)
                 launch(kernel, lists * pieces * key_groups, ARGUMENTS, values, recording)
-        elif takes_part and (of_row := row_pieces(level, hierarchy, queries, selected[level].shape[3])) is not None:
-            by_rows(level, of_row, has_above)
+        elif takes_part and (cut := cuts[level]) is not None:
+            by_rows(level, cut, has_above)
             has_above = True
             continue
         elif takes_part:

@@ -270,7 +270,7 @@ def launch(kernel: Kernel, blocks: int, struct: Struct, values: tuple[Any, ...],
 def pointers_of(form: str) -> tuple[int, ...]:
     """Where the pointers are in a struct of this format, whose letter is Q."""
     return tuple(
-        calcsize(form[: found.start()]) + 8 * i
+        calcsize(form[: found.start()]) + WORD * i
         for found in re.finditer(r"(\d*)Q", form)
         for i in range(int(found[1] or 1))
     )
@@ -293,12 +293,12 @@ class Launches:
         # A launch takes the address of a list, here of one, of addresses of arguments.
         self.lists = self.words.ctypes.data + starts[:-1].astype(np.uint64)
         lists = self.lists.ctypes.data
-        with on_device(self.device):
+        with OnDevice(self.device):
             self.starters = [(starter(launch), lists + WORD * i) for i, launch in enumerate(launches)]
 
     def __call__(self, pointers: list[int], stream: int) -> None:
         """Enqueue all on the stream at an address. pointers: where the call's arrays begin."""
-        with self.lock, on_device(self.device):  # another thread's call like this one waits
+        with self.lock, OnDevice(self.device):  # another thread's call like this one waits
             self.words[self.at] = np.array(pointers, np.uint64)[self.arrays] + self.offsets
             for start, arguments in self.starters:
                 start(arguments, stream)
@@ -334,11 +334,6 @@ class OnDevice:
     def __exit__(self, *_: object) -> None:
         if self.previous != self.device:
             cuda_runtime().setDevice(self.previous)
-
-
-def on_device(device: int) -> Any:
-    """A context in which this device is the current one."""
-    return OnDevice(device)
 
 
 @cache

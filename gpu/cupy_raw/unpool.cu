@@ -85,21 +85,21 @@ struct Gather {
     const float* parts;   // (lists, rows, pieces, columns, b, dims)
     const float* above;   // what level l + 1 hands down, (lists, parents, dims); or null
     float* total;         // (lists, length, dims)
-    int heads, group, row_length, rows, columns, parents, pieces, length, dims, block_bits;
+    int heads, group, row_length, rows, columns, parents, pieces, length, dims, block_bits;   // rows: group * row_length
     float count, last_count;
 };
 
 // total_l[j] = own_l[j] / c_l[j] + total_{l+1}[j / b], own_l[j] the sum of the parts of all rows that selected j's parent. A
 // block has one parent and THREADS times 4 numbers of its keys. It looks through the rows' entries, THREADS at a time, keeps
-// those that are this parent, in order, and each thread adds up its 4 numbers of their parts.
+// those that name this parent, in order, and each thread adds up its 4 numbers of their parts.
 extern "C" __global__ void __launch_bounds__(THREADS) gather(const __grid_constant__ Gather a) {
     constexpr int WARP = 32;
-    __shared__ int found[THREADS], before[THREADS / WARP + 1];
+    __shared__ int found[THREADS], counts[THREADS / WARP];
     const int lane = threadIdx.x % WARP, i_warp = threadIdx.x / WARP;
-    const u32 of_row = a.dims / 4, of_parent = of_row << a.block_bits, chunks = (of_parent + THREADS - 1) / THREADS;
+    const u32 of_key = a.dims / 4, of_parent = of_key << a.block_bits, chunks = (of_parent + THREADS - 1) / THREADS;
     const u32 i_chunk = blockIdx.x % chunks, parent = blockIdx.x / chunks % u32(a.parents);
     const int i_list = blockIdx.x / chunks / u32(a.parents);
-    const u32 number = i_chunk * THREADS + threadIdx.x, key = number / of_row, dim = number % of_row * 4;
+    const u32 number = i_chunk * THREADS + threadIdx.x, key = number / of_key, dim = number % of_key * 4;
     const int token = (parent << a.block_bits) + key, pairs = a.rows * a.columns;
     const bool is_there = number < of_parent && token < a.length;
     const i64 of_pair = i64(a.dims) << a.block_bits;
@@ -110,17 +110,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) gather(const __grid_consta
     };
     for (int o = 0; o < pairs; o += THREADS) {
         const int pair = o + threadIdx.x, row = pair / a.columns, head = i_list * a.group + row / a.row_length;
-        const bool is_ours = pair < pairs &&
-            head_of<const int>(a.selected, head / a.heads, head % a.heads)[i64(row % a.row_length) * a.selected.token +
-                                                                          pair % a.columns * a.selected.dim] == int(parent);
+        bool is_ours = false;
+        if (pair < pairs) {
+            const int* entries = head_of<const int>(a.selected, head / a.heads, head % a.heads);
+            entries += i64(row % a.row_length) * a.selected.token;
+            is_ours = entries[pair % a.columns * a.selected.dim] == int(parent);
+        }
         const u32 ours = __ballot_sync(~0u, is_ours);
         __syncthreads();   // all are done with those of before
-        if (lane == 0) before[i_warp + 1] = __popc(ours);
+        if (lane == 0) counts[i_warp] = __popc(ours);
         __syncthreads();
         int start = 0, n = 0;
-        for (int w = 1; w <= THREADS / WARP; w++) {
-            n += before[w];
-            if (w <= i_warp) start += before[w];
+        for (int w = 0; w < THREADS / WARP; w++) {
+            if (w < i_warp) start += counts[w];
+            n += counts[w];
         }
         if (is_ours) found[start + __popc(ours & ((1u << lane) - 1))] = pair;
         __syncthreads();
