@@ -70,16 +70,6 @@ class DeviceArray:
         self.strides = tuple([stride * dtype.itemsize for stride in strides])
 
     @property
-    def data(self) -> DeviceArray:
-        """As CuPy's arrays have it: `.data.ptr` is where they begin."""
-        return self
-
-    @property
-    def size(self) -> int:
-        """The number of elements."""
-        return int(np.prod(self.shape))
-
-    @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
         return {
             "shape": self.shape,
@@ -151,10 +141,11 @@ class TorchAdapter:
 
     def maker(self, shape: tuple[int, ...], dtype: np.dtype[Any], like: View) -> Callable[[], torch.Tensor]:
         of_torch, device = TORCH_TYPES[dtype.name], torch.device(like.device)
+        strides = [math.prod(max(n, 1) for n in shape[axis + 1 :]) for axis in range(len(shape))]
 
         def make() -> torch.Tensor:
-            try:
-                return torch.empty(shape, dtype=of_torch, device=device)
+            try:  # 2.3 us of a host, where `torch.empty` takes 6.0
+                return torch.empty_strided(shape, strides, dtype=of_torch, device=device)
             except RuntimeError as error:
                 # On a CPU torch has no type for it
                 told = ("allocat", "out of memory", "Storage size calculation overflowed")
@@ -177,7 +168,8 @@ class TorchAdapter:
     def stream(self, like: View) -> int:
         if like.device == "cpu":
             return 0
-        address: int = torch.cuda.current_stream(torch.device(like.device)).cuda_stream
+        # As PyTorch's own compiled code asks: 0.1 us of a host, where `torch.cuda.current_stream` takes 3.7
+        address: int = torch._C._cuda_getCurrentRawStream(int(like.device.removeprefix("cuda:")))
         return address
 
     def namespace(self, array: torch.Tensor) -> Any:

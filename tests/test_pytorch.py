@@ -641,7 +641,7 @@ def test_a_call_for_which_there_is_no_memory(monkeypatch):
     for grad in (True, False):
         arrays = tensors(grad=grad)
         with monkeypatch.context() as patch:
-            patch.setattr(torch, "empty", fail)
+            patch.setattr(torch, "empty_strided", fail)
             with pytest.raises(torch.OutOfMemoryError, match=r"^attention: .* fewer batch entries"):
                 attention(*arrays)
 
