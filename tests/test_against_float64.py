@@ -12,24 +12,27 @@ from llsa_np.accuracy import SMALLEST_FLOAT16, UNIT_ROUNDOFF, selection_is_right
 
 
 @given(case=cases())
-@settings(max_examples=examples(800))
+@settings(max_examples=examples(500))
 def test_results_and_gradients(backend, framework, case):
     results = run(case, backend, framework)
     assert_within_bounds(case, results, reference(case, results.selection))
 
 
 @pytest.mark.skipif(SIMULATED or EMULATED, reason="too many tokens for the simulator and the emulator")
-@pytest.mark.parametrize("data", ["normal", "one_popular_key"])
-def test_many_tokens(backend, framework, data):
-    """Lists, counters and sums that are longer than what a block takes at once."""
-    case = Case(dtype="float32", query_tokens=20_011, key_tokens=20_001, dim=16, value_dim=24, group=2, data=data)
-    case = case.but(block_size=8, topk=4, levels=3)
+@pytest.mark.parametrize(
+    ("data", "changes"),
+    [("normal", {}), ("one_popular_key", {}), ("normal", {"group": 7, "block_size": 16, "topk": (2, 8, 8)})],
+)
+def test_many_tokens(backend, framework, data, changes):
+    """Lists, counters and sums that are longer than what a block takes at once; and rows of thousands of queries."""
+    case = Case(dtype="float32", query_tokens=20_011, key_tokens=40_001, dim=16, value_dim=24, group=2, data=data)
+    case = case.but(block_size=8, topk=4, levels=3).but(**changes)
     results = run(case, backend, framework)
     assert_within_bounds(case, results, reference(case, results.selection))
 
 
 @given(case=cases())
-@settings(max_examples=examples(250))
+@settings(max_examples=examples(200))
 def test_selection(backend, framework, case):
     q, k, *_ = case.arrays()
     selection = llsa.select(framework.array(q), framework.array(k), backend=backend, **case.select_options)
@@ -100,7 +103,7 @@ def test_only_what_is_needed(backend, framework, case):
 
 
 @given(case=cases(dtypes=("float32", "float16")))
-@settings(max_examples=examples(40))
+@settings(max_examples=examples(40, simulated=4))
 def test_same_bits_every_time(backend, framework, case):
     first, second = run(case, backend, framework), run(case, backend, framework)
     for name in first.arrays:
