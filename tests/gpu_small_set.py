@@ -1,5 +1,6 @@
 """A few calls that touch every kernel, small enough for compute-sanitizer: ragged, grouped, tied, in several dtypes."""
 
+import re
 import sys
 
 import frameworks
@@ -30,6 +31,14 @@ CASES = [
         topk=1,
         data="one_popular_key",
     ),
+    # So many keys and rows that lists are counted in chunks
+    Case(dtype="float16", key_tokens=1100, query_tokens=700, dim=16, value_dim=16, block_size=8, levels=1, topk=8),
+    # Keys that no query head reads
+    Case(dtype="float32", batch=2, kv_heads=2, group=0),
+    # Rows of the selection that are each of thousands of queries, on two levels
+    Case(dtype="bfloat16", key_tokens=300, query_tokens=4200, dim=32, value_dim=48, levels=4, topk=(3, 2, 1, 1)).but(
+        block_size=16
+    ),
 ]
 
 
@@ -39,6 +48,14 @@ def numba_kernels():
 
     lists = (pool.pool_kernels, select.select_kernels, attend.attend_kernels, attend_backward.backward_kernels)
     return {kernel.py_func.__name__ for kernels in lists for kernel in kernels("float32", 16)}
+
+
+def cuda_kernels():
+    """Names of the CUDA C++ kernels."""
+    from llsa_np.gpu.cupy_raw.program import FOLDER
+
+    declared = r"__global__[^{;]*?(\w+)\(const __grid_constant__"
+    return {name for path in FOLDER.glob("*.cu") for name in re.findall(declared, path.read_text())}
 
 
 def count_launches():
@@ -58,7 +75,7 @@ def count_launches():
 
 
 def check(backends):
-    """The largest error over its bound by dtype. Raises if one is over, or if a Numba kernel is never launched."""
+    """The largest error over its bound by dtype. Raises if one is over, or if a backend's kernel is never launched."""
     plans.ONE_ROOM = False  # a write past the end of one array is then one past the end of an allocation
     worst = {}
     launched = count_launches() if "numba_cuda" in backends else set()
@@ -73,6 +90,9 @@ def check(backends):
                     of_dtype = worst.setdefault(case.dtype, {})
                     of_dtype[name] = max(of_dtype.get(name, 0), round(float(ratio), 4))
     missed = numba_kernels() - launched if "numba_cuda" in backends else set()
+    if "cupy_raw" in backends:
+        planned = [plan.recording.launches for plan in plans.plans.values() if plan]
+        missed |= cuda_kernels() - {launch.kernel.name for launches in planned for launch in launches}
     if missed:
         raise ValueError(f"gpu_small_set: no case launches {sorted(missed)}")
     print(f"{len(CASES)} cases on {', '.join(backends)}")
