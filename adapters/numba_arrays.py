@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llsa_np.adapters import PIECE, View
 from llsa_np.adapters.numpy_arrays import dtype_name
-from llsa_np.gpu.numba_cuda.cuda import cuda, device_index, on_device, swap_axes, to_host
+from llsa_np.gpu.numba_cuda.cuda import SIMULATED, cuda, device_index, on_device, swap_axes, to_host
 
 OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 
@@ -63,7 +63,7 @@ class NumbaAdapter:
         return make
 
     def key(self, array: Any) -> tuple[Any, ...] | None:
-        if not self.owns(array):
+        if not self.owns(array) or SIMULATED:  # the simulator's arrays are nowhere
             return None
         return device_index(array), array.dtype, array.shape, array.strides, self.pointer(array) % PIECE
 

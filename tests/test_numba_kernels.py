@@ -14,6 +14,7 @@ from calls import assert_same_bits, assert_within_bounds, reference, run
 from strategies import DTYPES, SIMULATED, Case
 
 import llsa_np as llsa
+from llsa_np import plans
 
 pytest.importorskip("numba.cuda", reason="numba-cuda is not installed")
 
@@ -202,6 +203,14 @@ def test_auto_goes_by_where_the_arrays_are():
     assert type(llsa.attention(on_device, on_device, on_device, block_size=2)) is type(on_device)
     with pytest.raises(ValueError, match="cuda:0"):
         llsa.attention(on_device, on_device, on_device, backend="numpy")
+
+
+@in_simulator
+def test_the_simulators_arrays_are_served_beside_a_backend_that_plans(monkeypatch):
+    """As on a machine with a GPU, whose cupy_raw asks every array where it begins."""
+    monkeypatch.setattr(plans, "recorded_devices", lambda: {"cuda"})
+    x = Numba.array(np.ones((1, 1, 5, 2), np.float32))
+    assert type(llsa.attention(x, x, x, block_size=2, backend="numba_cuda")) is type(x)
 
 
 @in_simulator
