@@ -70,6 +70,8 @@ ADAPTERS = {
     "cupy": "llsa_np.adapters.cupy_arrays",
     "numba": "llsa_np.adapters.numba_arrays",
     "torch": "llsa_np.adapters.pytorch",
+    "jax": "llsa_np.adapters.jax_arrays",
+    "jaxlib": "llsa_np.adapters.jax_arrays",
     "llsa_np": "llsa_np.plans",
 }
 """Top module of an array's type (or of a base class of it) -> the module whose `adapter` serves it."""
@@ -77,7 +79,7 @@ ADAPTERS = {
 PIECE = 16
 """Bytes that kernels move at once where arrays begin at multiples of it."""
 
-SUPPORTED = "arrays of NumPy (bfloat16 as ml_dtypes.bfloat16), CuPy and numba.cuda, and dense tensors of PyTorch"
+SUPPORTED = "arrays of NumPy (bfloat16 as ml_dtypes.bfloat16), CuPy, numba.cuda and JAX, and dense tensors of PyTorch"
 
 
 def type_name(value: Any) -> str:

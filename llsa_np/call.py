@@ -43,7 +43,7 @@ class Call(NamedTuple):
     def choose(self, block_size: int, topk: tuple[int, ...]) -> Backend:
         value_dim = self.sizes["v"].dim if "v" in self.sizes else self.sizes["q"].dim
         case = Case(self.who, self.dtype, self.sizes["q"].dim, value_dim, block_size, topk)
-        return choose(self.backend, self.views["q"].device, case)
+        return chosen(self.backend, self.adapter, self.views["q"], case)
 
     def work(
         self,
@@ -104,11 +104,16 @@ class Call(NamedTuple):
         return array, view.array
 
 
+def chosen(name: str, adapter: Adapter, view: View, case: Case) -> Backend:
+    """The backend for a call with arrays like this one; where the call is only recorded, such that nothing runs."""
+    backend: Backend = choose(name, view.device, case)
+    stream = adapter.stream(view)
+    return stream.of(backend) if isinstance(stream, Recording) else backend
+
+
 def lend(kernels: Backend, adapter: Adapter, like: View, work: Work) -> Room:
     """The workspace of an operation, allocated beside `like` by the caller's framework, and the caller's stream."""
     stream = adapter.stream(like)
-    if isinstance(stream, Recording):
-        stream.uses(kernels)
     arrays = [adapter.empty(shape, dtype, like)[1].array for shape, dtype in kernels.spaces(work)]
     return Room(arrays, stream, like.device, work.dtype)
 

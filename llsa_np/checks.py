@@ -73,9 +73,10 @@ def check_dtype_name(who: str, dtype: Any) -> str:
 
 
 def check_devices(who: str, views: dict[str, View]) -> None:
-    """That all arrays lie on one device."""
-    (first_name, first), *others = views.items()
-    for name, view in others:
+    """That all arrays lie on one device, as far as that is known already."""
+    known = [(name, view) for name, view in views.items() if view.device]
+    for name, view in known[1:]:
+        first_name, first = known[0]
         if view.device != first.device:
             raise ValueError(
                 f"{who}: {first_name} is on {first.device} and {name} on {view.device}; "

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, overload
 
 from llsa_np.adapters import common_adapter
 from llsa_np.backends import BackendName, Case, Work, check_backend, choose, choose_compiler, serves_gpu
-from llsa_np.call import empty_levels, lend, prepare
+from llsa_np.call import chosen, empty_levels, lend, prepare
 from llsa_np.checks import check_dtype_name, check_floats, sizes
 from llsa_np.hierarchy import default_levels, hierarchy_of
 from llsa_np.options import (
@@ -312,7 +312,7 @@ def pool(
     dtype = check_floats(who, {"x": view})
     block_size = check_block_size(who, block_size)
     hierarchy = hierarchy_of(of.tokens, block_size, check_levels(who, levels, block_size))
-    kernels = choose(name, view.device, Case(who, dtype, of.dim, of.dim, block_size, ()))
+    kernels = chosen(name, adapter, view, Case(who, dtype, of.dim, of.dim, block_size, ()))
     results = empty_levels(adapter, view, of, hierarchy, layout)
     work = Work(who, dtype, of.batch, of.heads, of.heads, of.dim, of.dim, hierarchy, hierarchy)
     kernels.pool(view.array, hierarchy, [level.array for _, level in results], lend(kernels, adapter, view, work))

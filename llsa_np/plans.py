@@ -2,7 +2,8 @@
 
 All of these follow from shapes, strides, dtypes, devices, alignment and options, never from what is in the arrays. So a
 call is gone through with stand-ins, which have all that but no memory, and what is launched is recorded, not run. A
-call like it only fills in where its arrays begin.
+call like it only fills in where its arrays begin. A framework that hands out memory before it calls, as JAX does,
+learns from the same stand-ins how much, of a backend that cannot record too.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class StandIn:
     """An array without memory. `ptr` stands for where it will begin, and has its alignment; 0 if it has no elements."""
 
     __slots__ = ("device", "dtype", "ptr", "recording", "shape", "strides")
+    recording: Any
+    """Where it was made: a Recording, or the Replay of one, in which it has memory."""
 
     def __init__(self, *values: Any) -> None:
         self.recording, self.ptr, self.shape, self.strides, self.dtype, self.device = values
@@ -56,6 +59,17 @@ class StandIn:
         """The number of elements."""
         return prod(self.shape)
 
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """For a backend that runs with it: it has memory then."""
+        return {
+            "shape": self.shape,
+            "strides": self.strides,
+            "typestr": self.dtype.str,
+            "data": (self.ptr, False),
+            "version": 3,
+        }
+
 
 class Place(NamedTuple):
     """Where a stand-in's memory is, in a call: so many bytes into one of the call's arrays."""
@@ -64,8 +78,16 @@ class Place(NamedTuple):
     offset: int
 
 
-class CannotRecordError(Exception):
-    """The backend that serves a call runs what it is asked for at once."""
+class Idle:
+    """A backend that runs what it is asked for at once, and so is asked for its workspace alone."""
+
+    def __init__(self, of: Backend) -> None:
+        self.name, self.spaces = of.name, of.spaces
+
+    def pool(self, *_: Any) -> None:
+        """Nothing."""
+
+    select = attend = attend_backward = pool
 
 
 class Recording:
@@ -95,11 +117,37 @@ class Recording:
         self.given.append(array)
         return array
 
-    def uses(self, backend: Backend) -> None:
-        """Which backend is about to launch."""
-        if backend.name not in RECORDS:
-            raise CannotRecordError
+    def of(self, backend: Any) -> Any:
+        """The backend that serves the call, such that nothing runs."""
         self.backend = backend
+        return backend if self.has_launches else Idle(backend)
+
+    @property
+    def has_launches(self) -> bool:
+        """Whether what the backend launches is recorded, not only what it makes."""
+        return self.backend is None or self.backend.name in RECORDS
+
+    @property
+    def stream(self) -> Recording:
+        """Itself."""
+        return self
+
+
+class Replay:
+    """A call gone through once more, by a backend that cannot record, with memory for all that its recording made."""
+
+    def __init__(self, plan: Plan, pointers: Sequence[int], stream: int) -> None:
+        """pointers: where the call's arrays begin, as for the plan's launches."""
+        self.stream, self.pointers, self.places = stream, pointers, plan.places
+        self.given: list[StandIn] = []
+        self.made: list[StandIn] = []
+        self.recorded = iter([*plan.recording.given, *plan.recording.made])
+
+    def stand_in(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, device: str, low: int) -> StandIn:
+        """The next one, where the plan has it."""
+        place = self.places.get(next(self.recorded).ptr)
+        ptr = self.pointers[place.array] + place.offset if place and prod(shape) else 0
+        return StandIn(self, ptr, shape, strides, dtype, device)
 
 
 class StandInAdapter:
@@ -127,9 +175,8 @@ class StandInAdapter:
         recording.made.append(array)
         return array, self.view(array, layout)
 
-    def stream(self, like: View) -> Recording:
-        recording: Recording = like.array.recording
-        return recording
+    def stream(self, like: View) -> Any:
+        return like.array.recording.stream
 
 
 adapter = StandInAdapter()
@@ -162,12 +209,16 @@ class Plan:
         self.used = next(CLOCK)
         made = [make() for make in self.makers]
         if self.recording.launches:
-            if self.launches is None:  # and not compiled before there is room for what it fills
-                recording = self.recording
-                self.launches = recording.backend.prepared(recording.launches, self.places, self.like.device)
             pointer = self.adapter.pointer
-            self.launches([pointer(x) for x in (*arrays, *made)], self.adapter.stream(self.like))
+            self.enqueue([pointer(x) for x in (*arrays, *made)], self.adapter.stream(self.like))
         return made[0] if isinstance(self.results, StandIn) else filled(self.results, iter(made))
+
+    def enqueue(self, pointers: list[int], stream: int) -> None:
+        """The launches. pointers: where the call's arrays, results and workspace begin."""
+        if self.launches is None:  # and not compiled before there is room for what it fills
+            recording = self.recording
+            self.launches = recording.backend.prepared(recording.launches, self.places, self.like.device)
+        self.launches(pointers, stream)
 
 
 def leaves(results: Any) -> list[StandIn]:
@@ -309,11 +360,8 @@ def record(function: Callable[..., Any], of: Adapter, given: dict[str, Any], opt
     """The plan of calls like this one, or None if its backend cannot record. given: its arrays in order."""
     recording = Recording()
     stand_ins = {name: recording.argument(x, of) for name, x in given.items()}
-    try:
-        results = function(**stand_ins, **options)
-    except CannotRecordError:
-        return None
-    return Plan(of, recording, results, of.view(next(iter(given.values()))))
+    results = function(**stand_ins, **options)
+    return Plan(of, recording, results, of.view(next(iter(given.values())))) if recording.has_launches else None
 
 
 def keep(key: Any, plan: Plan | None) -> None:

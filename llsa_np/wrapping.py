@@ -18,7 +18,13 @@ def _pytorch() -> Any:
     return pytorch
 
 
-WRAPPERS = {"torch": ("Tensor", _pytorch)}
+def _jax() -> Any:
+    from llsa_np.adapters import jax_arrays
+
+    return jax_arrays
+
+
+WRAPPERS = {"torch": ("Tensor", _pytorch), "jax": ("Array", _jax)}
 """Top module of a framework -> its type of arrays, and the module whose functions, of the same names as the public
 ones, take calls with such arrays."""
 

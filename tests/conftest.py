@@ -3,6 +3,7 @@
 import os
 import sys
 from collections import Counter
+from contextlib import contextmanager
 
 import frameworks
 import numpy as np
@@ -79,14 +80,29 @@ def pytest_collection_modifyitems(config, items):
         items[:] = ours
 
 
+@contextmanager
+def fewer_cases(test, share):
+    """A property's test draws one in so many of its cases."""
+    drawn = getattr(test, "_hypothesis_internal_use_settings", None)
+    if drawn is None or share == 1:
+        yield
+        return
+    test = getattr(test, "__func__", test)
+    test._hypothesis_internal_use_settings = settings(drawn, max_examples=-(-drawn.max_examples // share))
+    yield
+    test._hypothesis_internal_use_settings = drawn
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     """Cases are drawn such that the test's backend serves them. A case that is written out and that it refuses is
     skipped, with its words."""
-    backend = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    backend, share = params.get("backend"), getattr(params.get("framework"), "share", 1)
     running["backend"] = backend
     try:
-        return (yield)
+        with fewer_cases(item.obj, share):
+            return (yield)
     except NotImplementedError as refusal:
         if backend == "cupy_raw" and "cupy_raw serves" in str(refusal):
             pytest.skip(str(refusal))
@@ -121,6 +137,45 @@ def poison(array):
         with_dtype(array, bits).copy_to_device(np.full(array.shape, value, array.dtype).view(bits))
 
 
+def poison_jax():
+    """Buffers that XLA hands out for results and workspace, on a CPU; on a GPU those that CuPy can reach."""
+    from llsa_np.adapters import jax_arrays
+
+    plain = jax_arrays.Call.__call__
+
+    def poisoned(self, context, out, *given):
+        for buffer in out:
+            if self.device == "cpu":
+                poison(np.asarray(buffer))
+            elif 0 not in buffer.shape:
+                import cupy
+
+                with cupy.cuda.Stream.from_external(FromXLA(context.stream)):
+                    cupy.asarray(AsBytes(buffer)).fill(0xFF)  # NaN, and -1
+        return plain(self, context, out, *given)
+
+    jax_arrays.Call.__call__ = poisoned
+
+
+class FromXLA:
+    """A stream by its address, as CUDA's protocol has it."""
+
+    def __init__(self, address):
+        self.address = address
+
+    def __cuda_stream__(self):
+        return 0, self.address
+
+
+class AsBytes:
+    """A buffer's memory."""
+
+    def __init__(self, buffer):
+        of = buffer.__cuda_array_interface__
+        size = int(np.prod(of["shape"])) * np.dtype(of["typestr"]).itemsize
+        self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "data": of["data"], "version": 3}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def poisoned_outputs():
     """New arrays, workspaces included, are poisoned, so that what a backend does not write cannot pass."""
@@ -137,6 +192,8 @@ def poisoned_outputs():
         from llsa_np.adapters.cupy_arrays import CupyAdapter
 
         adapters["cupy"] = CupyAdapter
+    if frameworks.HAS_JAX:
+        poison_jax()
     plain = {adapter: adapter.maker for adapter in adapters.values()}
 
     def poisoned(self, *args):

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import os
 
 import numpy as np
 from strategies import EMULATED, SIMULATED
@@ -104,13 +105,49 @@ class TorchOnTheGPU(Torch):
     device = "cuda"
 
 
+class Jax:
+    """JAX's arrays, which are dense, in 64 bits too."""
+
+    name = "jax"
+    has_operations = True
+    share = 6
+    """One in so many of the cases that a property draws: XLA compiles three programs for each."""
+    platform = "cpu"
+
+    @classmethod
+    def array(cls, x):
+        import jax
+
+        return jax.device_put(np.ascontiguousarray(x), jax.local_devices(backend=cls.platform)[0])
+
+    @staticmethod
+    def to_numpy(x):
+        return np.asarray(x)
+
+
+class JaxOnTheGPU(Jax):
+    platform = "cuda"
+
+
+def has_jax():
+    """With 64 bits, and on a GPU without taking most of its memory from the other processes."""
+    if SIMULATED or EMULATED or importlib.util.find_spec("jax") is None:
+        return False
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    return True
+
+
+HAS_JAX = has_jax()
 HAS_TORCH = not SIMULATED and not EMULATED and importlib.util.find_spec("torch") is not None
 HAS_CUPY = not SIMULATED and not llsa.backends()["numba_cuda"] and importlib.util.find_spec("cupy") is not None
+ON_THE_GPU = [*([TorchOnTheGPU] if HAS_TORCH else []), *([JaxOnTheGPU] if HAS_JAX else [])]
 OF_BACKEND = {
-    "numpy": [NumPy, *([Torch] if HAS_TORCH else [])],
-    "cupy_raw": [NumPy] if EMULATED else [CuPy, Numba, *([TorchOnTheGPU] if HAS_TORCH else [])],
-    "numba_cuda": [Numba]
-    if SIMULATED
-    else [Numba, *([CuPy] if HAS_CUPY else []), *([TorchOnTheGPU] if HAS_TORCH else [])],
+    "numpy": [NumPy, *([Torch] if HAS_TORCH else []), *([Jax] if HAS_JAX else [])],
+    "cupy_raw": [NumPy] if EMULATED else [CuPy, Numba, *ON_THE_GPU],
+    "numba_cuda": [Numba] if SIMULATED else [Numba, *([CuPy] if HAS_CUPY else []), *ON_THE_GPU],
 }
 """The frameworks whose arrays each backend is called with."""

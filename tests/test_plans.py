@@ -300,3 +300,51 @@ def test_frameworks_do_not_share_a_plan(kept, monkeypatch):
     for kind in (np.ndarray, Other, np.ndarray):
         assert type(llsa.attention(*(x.view(kind) for x in (q, k, v)), **OPTIONS)) is kind
     assert len(kept()) == 2
+
+
+@pytest.mark.parametrize("unaligned", [False, True])
+def test_jax_hands_out_the_memory(unaligned, monkeypatch):
+    """XLA's buffers take the place of arrays, results and workspace, also where 16 bytes cannot be moved at once."""
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    from llsa_np.adapters import jax_arrays
+
+    called, plain = [], jax_arrays.Call.__call__
+
+    def poisoned(self, context, out, *given):
+        called.append(self.operation.name)
+        for buffer in out:
+            np.asarray(buffer).view(np.uint8)[...] = 0xFF
+        if unaligned:
+            given = [Moved(np.asarray(x)) for x in given]
+        return plain(self, context, out, *given)
+
+    monkeypatch.setattr(jax_arrays.Call, "__call__", poisoned)
+    of = arrays(tokens=44 + unaligned)
+
+    def loss(q, k, v):
+        out, lse = llsa.attention(q, k, v, return_lse=True, **OPTIONS)
+        return out.sum() + lse.sum(), (out, lse)
+
+    given = [jax.numpy.asarray(x) for x in of]
+    gradients, results = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*given)
+    out, lse = llsa.attention(*of, return_lse=True, **OPTIONS)
+    selection, ones = llsa.select(*of[:2], **OPTIONS), [np.ones_like(x) for x in (out, lse)]
+    expected = llsa.attend_backward(ones[0], *of, out, lse, selection, dlse=ones[1], backend="cupy_raw")
+    for x, y in zip((*results, *gradients), (out, lse, *expected), strict=True):
+        assert_same_bits(np.asarray(x), y)
+    assert called == ["attention", "attend_backward"]
+    (level,) = llsa.pool(given[0], block_size=8, backend="cupy_raw")
+    assert_close(np.asarray(level), llsa.pool(of[0], block_size=8)[0])
+
+
+class Moved:
+    """A buffer that begins four bytes past a multiple of 16."""
+
+    def __init__(self, x):
+        self.memory = np.zeros(x.nbytes + 20, np.uint8)
+        first = -self.memory.ctypes.data % 16 + 4
+        self.array = self.memory[first : first + x.nbytes].view(x.dtype).reshape(x.shape)
+        self.array[...] = x
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
