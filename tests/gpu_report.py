@@ -33,6 +33,7 @@ SUITE = (
     "test_merge",
     "test_threads",
     "test_pytorch_cuda",
+    "test_jax_cuda",
 )
 TOOLS = ("memcheck", "racecheck", "initcheck")
 
@@ -114,7 +115,17 @@ def sources(backend):
 
 def versions():
     found = {}
-    for name in ("numpy", "numba", "numba-cuda", "cupy-cuda13x", "cupy-cuda12x", "cuda-core", "torch", "hypothesis"):
+    for name in (
+        "numpy",
+        "numba",
+        "numba-cuda",
+        "cupy-cuda13x",
+        "cupy-cuda12x",
+        "cuda-core",
+        "torch",
+        "jax",
+        "hypothesis",
+    ):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
