@@ -33,8 +33,8 @@ kernels: $(VENV)/.test
 bench: $(VENV)/.bench
 	$(BIN)/llsa bench --out build/bench.json
 
-# PART=suite, sanitizer, errors, repeats, speed, overhead, ranks or steps runs one part, BACKEND=numba_cuda or cupy_raw
-# one backend, and merges it into docs/measurements/<card>.json.
+# PART=suite, jax, sanitizer, errors, repeats, speed, overhead, ranks or steps runs one part, BACKEND=numba_cuda or
+# cupy_raw one backend, and merges it into docs/measurements/<card>.json.
 gpu-report: $(VENV)/.test
 	$(BIN)/python tests/gpu_report.py $(if $(PART),--part $(PART)) $(if $(BACKEND),--backend $(BACKEND))
 
