@@ -8,7 +8,7 @@ know ahead, the shapes of results and workspace, a plan tells while JAX traces.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
@@ -18,14 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental.buffer_callback import buffer_callback
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from numpy.typing import NDArray
 
 from llsa_np import functions
 from llsa_np.adapters import PIECE, View, common_adapter
-from llsa_np.backends import DEVICES, serves_gpu
+from llsa_np.backends import DEVICES
 from llsa_np.checks import ORDER, check_devices, check_is_selection, check_queries_keys, check_selection
 from llsa_np.hierarchy import hierarchy_of
-from llsa_np.options import check_flag, check_layout, check_needs
+from llsa_np.options import as_tuple, check_flag, check_layout, check_needs
 from llsa_np.plans import MOST_PLANS, Plan, Recording, Replay, leaves
 from llsa_np.plans import adapter as stand_ins
 from llsa_np.selection import Selection
@@ -87,9 +89,9 @@ class Operation(NamedTuple):
     """A function with its options, on arrays alone. Hashable, as a compiled program of it is kept."""
 
     name: str
+    kinds: tuple[Any, ...]
+    """Types of the options, entry by entry, which are compared first: 1 is not True."""
     options: tuple[tuple[str, Any], ...]
-    kinds: tuple[type, ...]
-    """Of the options: 1 is not True."""
 
     def of(self, arrays: Any) -> tuple[Any, ...]:
         """Its results for arrays of any framework."""
@@ -164,10 +166,44 @@ def plan_of(call: Call) -> Plan:
     return Plan(adapter, recording, results, stand_ins.view(given[0]))
 
 
-def devices_of(backend: Any) -> dict[str, str]:
-    """By platform, the device that stands for all of it: of those on which a backend of this name may serve."""
-    kinds = {kind for name, kind in DEVICES.items() if backend in ("auto", name) and (kind == "cpu" or serves_gpu())}
-    return {kind: kind if kind == "cpu" else f"{kind}:0" for kind in sorted(kinds)}
+PLATFORMS = {"cpu": "cpu", "cuda": "cuda:0"}
+"""The device that stands for all of a platform."""
+
+
+def plans_of(operation: Operation, shapes: Any) -> dict[str, Call | Exception]:
+    """For every platform the call, or what refuses it, which is told when a program is compiled for that platform.
+    Raises it at once if it is so on all."""
+    found: dict[str, Call | Exception] = {}
+    for platform, device in PLATFORMS.items():
+        call = Call(operation, shapes, device, (0,) * len(shapes))
+        try:
+            plan_of(call)
+            found[platform] = call
+        except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+            found[platform] = error
+    errors = {platform: error for platform, error in found.items() if isinstance(error, Exception)}
+    if len(errors) == len(found):
+        backend = dict(operation.options)["backend"]
+        raise errors[DEVICES.get(backend, "cpu") if isinstance(backend, str) else "cpu"]
+    return found
+
+
+refusal_p = Primitive("llsa_refusal")
+refusal_p.multiple_results = True
+
+
+@refusal_p.def_abstract_eval
+def shapes_of_nothing(*_: Any, made: Any, **__: Any) -> Any:
+    """As if there were results."""
+    return [jax.core.ShapedArray(x.shape, x.dtype) for x in made]
+
+
+def refuse(*_: Any, error: Exception, **__: Any) -> Any:
+    """What compiling for a platform comes to, on which the call cannot be served."""
+    raise error
+
+
+mlir.register_lowering(refusal_p, refuse)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -182,7 +218,7 @@ def no_second_gradient(*_: Any) -> Any:
     """What differentiating a gradient comes to: the functions below have gradients of their own."""
     raise NotImplementedError(
         "llsa: gradients of gradients are not implemented; attend_backward itself is not differentiable. "
-        "Stop the gradient of what is differentiated a second time (jax.lax.stop_gradient)"
+        "Put jax.lax.stop_gradient around the arguments of what is differentiated a second time"
     )
 
 
@@ -192,20 +228,20 @@ def mapped(operation: Operation) -> Callable[..., tuple[Any, ...]]:
 
     @jax.custom_batching.custom_vmap
     def call(*arrays: Any) -> tuple[Any, ...]:
-        shapes = tuple((x.shape, np.dtype(x.dtype)) for x in arrays)
+        calls = plans_of(operation, tuple((x.shape, np.dtype(x.dtype)) for x in arrays))
+        any_plan = next(plan_of(x) for x in calls.values() if isinstance(x, Call))
+        results = [make() for make in any_plan.makers[: len(leaves(any_plan.results))]]
 
-        def on(device: str) -> Callable[..., list[Any]]:
-            of = Call(operation, shapes, device, (0,) * len(shapes))
-            plan = plan_of(of)
-            made, results = [make() for make in plan.makers], len(leaves(plan.results))
-            back = buffer_callback(of, made, command_buffer_compatible=True)
-            return lambda *given: back(*given)[:results]
+        def on(call: Call | Exception) -> Callable[..., list[Any]]:
+            if isinstance(call, Exception):
+                return lambda *given: refusal_p.bind(*given, error=call, made=tuple(results))
+            made = [make() for make in plan_of(call).makers]
+            return lambda *given: buffer_callback(call, made)(*given)[: len(results)]
 
-        by_platform = {kind: on(device) for kind, device in devices_of(dict(operation.options)["backend"]).items()}
-        if len(by_platform) == 1:  # what another platform refuses is told when a program for it is compiled
-            (function,) = by_platform.values()
-            return tuple(as_varying(function(*arrays), axes_of(arrays)))
-        return tuple(as_varying(jax.lax.platform_dependent(*arrays, **by_platform), axes_of(arrays)))
+        other = NotImplementedError(f"{operation.name}: JAX's arrays are served on the platforms {', '.join(calls)}")
+        by_platform = {platform: on(of) for platform, of in calls.items()}
+        found = jax.lax.platform_dependent(*arrays, default=on(other), **by_platform)
+        return tuple(as_varying(found, axes_of(arrays)))
 
     @call.def_vmap
     def rule(size: int, are_mapped: list[bool], *arrays: Any) -> Any:
@@ -234,27 +270,30 @@ def as_varying(arrays: Any, axes: tuple[str, ...]) -> list[Any]:
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class Known:
-    """What a gradient needs beside arrays."""
+    """What the gradient of `pool` needs: x's shape and element type."""
 
-    of: Any
+    shape: tuple[int, ...]
+    dtype: Any
 
 
-def needed_of(*arrays: Any) -> Known:
-    """Which gradients are asked for, of q, k and v as `custom_vjp` hands them over."""
-    return Known(tuple(name for name, x in zip(NEEDS, arrays) if x.perturbed))
+def needed_of(*arrays: Any) -> jax.Array:
+    """Which gradients are asked for, of q, k and v as `custom_vjp` hands them over: a bit each, in an array's shape.
+    The tree in which a gradient's needs lie JAX keeps for all calls of a shape, whichever gradients they ask for."""
+    return jnp.zeros((0, sum(2**i for i, x in enumerate(arrays) if x.perturbed)))
 
 
 def gradients(operation: Operation, kept: Any, cotangents: Any) -> tuple[Any, Any, Any]:
     """dq, dk and dv, each if it is asked for."""
-    q, k, v, out, lse, selected, needed = kept
+    q, k, v, out, lse, selected, bits = kept
+    needs = tuple(name for i, name in enumerate(NEEDS) if bits.shape[1] & 2**i)
     dout, dlse = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
-    if not needed.of or (dout is None and dlse is None):
+    if not needs or (dout is None and dlse is None):
         return None, None, None
     options = {name: value for name, value in operation.options if name not in ("levels", "topk")}
-    options |= {"needs": needed.of, "has_dlse": dlse is not None}
+    options |= {"needs": needs, "has_dlse": dlse is not None}
     arrays = [jnp.zeros_like(out) if dout is None else dout, q, k, v, out, lse, *([] if dlse is None else [dlse])]
     results = iter(run(operation_of("attend_backward", options), *arrays, *selected))
-    dq, dk, dv = (next(results) if name in needed.of else None for name in NEEDS)
+    dq, dk, dv = (next(results) if name in needs else None for name in NEEDS)
     return dq, dk, dv
 
 
@@ -308,12 +347,12 @@ def pool_of(operation: Operation, x: Any) -> tuple[Any, ...]:
 
 def keep_pool(operation: Operation, x: Any) -> Any:
     """The levels, and x's shape and element type."""
-    return run(operation, x), Known((x.shape, x.dtype))
+    return run(operation, x), Known(x.shape, x.dtype)
 
 
 def pool_gradient(operation: Operation, kept: Known, dlevels: Any) -> tuple[Any]:
     """Every token receives of each level its ancestor's gradient divided by its count."""
-    options, (shape, dtype) = dict(operation.options), kept.of
+    options, shape, dtype = dict(operation.options), kept.shape, kept.dtype
     axis = ORDER[options["layout"]].index("tokens")
     tokens, sums = shape[axis], jnp.float64 if dtype == jnp.float64 else jnp.float32
     total = jnp.zeros(shape, sums)
@@ -347,10 +386,25 @@ def selection_of(selected: Any, block_size: int, q: Any, k: Any, layout: str) ->
 
 def operation_of(name: str, options: dict[str, Any]) -> Operation:
     """An operation, whose options with several entries are tuples."""
-    values = {
-        of: tuple(x) if isinstance(x, Iterable) and not isinstance(x, (str, tuple)) else x for of, x in options.items()
-    }
-    return Operation(name, tuple(values.items()), tuple(map(type, values.values())))
+    values = {option: plain_value(name, option, x) for option, x in options.items()}
+    kinds = tuple((tuple, *map(type, x)) if isinstance(x, tuple) else type(x) for x in values.values())
+    return Operation(name, kinds, tuple(values.items()))
+
+
+def plain_value(name: str, option: str, value: Any) -> Any:
+    """An option's value, as a program may be kept by it."""
+    entries = as_tuple(value)
+    if any(isinstance(x, jax.Array) for x in (value, *(entries or ()))):
+        raise TypeError(
+            f"{name}: {option} is an array of JAX; options are plain Python values, which the compiled program is made "
+            "for. Give a number, or name it in jit's static_argnames"
+        )
+    return number_of(value) if entries is None else tuple(map(number_of, entries))
+
+
+def number_of(x: Any) -> Any:
+    """The integer in an array without axes; anything else as it is."""
+    return x.item() if isinstance(x, np.ndarray) and x.ndim == 0 and x.dtype.kind in "iu" else x
 
 
 @cache
@@ -369,16 +423,18 @@ def arguments(
         plain(name)(*given, **options)  # which says what is wrong
         raise
     bound.apply_defaults()
-    of = dict(bound.arguments)
-    values = {name: of.pop(name) for name in arrays}
-    there = {name: x for name, x in values.items() if x is not None or name != "dlse"}
-    if "selection" in of:
-        selection = check_is_selection(name, of["selection"])
+    others = dict(bound.arguments)
+    values = {array: others.pop(array) for array in arrays}
+    there = {array: x for array, x in values.items() if x is not None or array != "dlse"}
+    for option, value in others.items():
+        if option != "selection":
+            others[option] = plain_value(name, option, value)
+    if "selection" in others:
+        selection = check_is_selection(name, others["selection"])
         there |= {f"level {i} of selection": x for i, x in enumerate(selection, 1)}
     common_adapter(name, there)
-    views = {name: adapter.view(x) for name, x in there.items()}
-    check_devices(name, views)
-    return list(values.values()), of
+    check_devices(name, {array: adapter.view(x) for array, x in there.items()})
+    return list(values.values()), others
 
 
 def attention(*arrays: Any, **options: Any) -> Any:
@@ -428,11 +484,13 @@ def called(function: Callable[..., Any], name: str, arrays: list[Any], options: 
     """One of the functions above, of an operation that was planned for where the arrays are, if that is known."""
     operation = operation_of(name, options)
     flat = [*arrays, *(x for other in others for x in other)]
-    devices = {device_of(x) for x in flat} - {""}
-    kinds = {device.partition(":")[0] for device in devices}
-    if not is_hashable(operation) or not kinds <= devices_of(options["backend"]).keys():
-        shapes = tuple((x.shape, np.dtype(x.dtype)) for x in flat)
-        plan_of.__wrapped__(Call(operation, shapes, next(iter(devices), "cpu"), (0,) * len(flat)))  # tells why
+    device = next((device_of(x) for x in flat if device_of(x)), "cpu")
+    shapes = tuple((x.shape, np.dtype(x.dtype)) for x in flat)
+    call = Call(operation, shapes, device, (0,) * len(flat))
+    if not is_hashable(call):
+        plan_of.__wrapped__(call)  # tells what is wrong with an option
+    elif all(map(device_of, flat)):
+        plan_of(call)
     axes = axes_of(flat)
     return function(operation, *as_varying(arrays, axes), *(tuple(as_varying(other, axes)) for other in others))
 
@@ -454,11 +512,17 @@ def fits(who: str, selection: Selection, arrays: list[Any], layout: Any) -> None
     )
 
 
-# --- a Selection in JAX's trees of arrays: as an argument and a result under jit and vmap
+# --- a Selection in JAX's trees of arrays: as an argument and a result under jit, vmap and shard_map
+
+
+def selection_from(arrays: tuple[Any, ...], batch: int, heads: int, *others: Any) -> Selection:
+    """One of these leaves, which under shard_map have fewer batch entries and heads, or more again."""
+    shape = getattr(arrays[0], "shape", ())
+    return Selection._made(arrays, *(shape[:2] if len(shape) == 4 else (batch, heads)), *others)
 
 
 jax.tree_util.register_pytree_node(
     Selection,
     lambda selection: (tuple(selection), selection.made_for),
-    lambda made_for, arrays: Selection._made(tuple(arrays), *made_for),
+    lambda made_for, arrays: selection_from(tuple(arrays), *made_for),
 )

@@ -71,7 +71,8 @@ class Selection:
                     f"{who}: the array of level {level} has shape {view.shape}; "
                     f"for {query_tokens} queries and block_size {block_size} it is (batch, heads, {length}, K), K >= 1"
                 )
-            if view.shape[:2] != views[0].shape[:2] or view.device != views[0].device:
+            elsewhere = view.device and views[0].device and view.device != views[0].device
+            if view.shape[:2] != views[0].shape[:2] or elsewhere:
                 raise ValueError(
                     f"{who}: the array of level {level} has shape {view.shape} on {view.device}, that of level 1 "
                     f"{views[0].shape} on {views[0].device}; batch, heads and device are the same on every level"

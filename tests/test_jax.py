@@ -69,6 +69,23 @@ def test_gradients_that_are_asked_for(wrapped, asked, monkeypatch):
     assert needs == {"qkv"[i] for i in asked}
 
 
+@pytest.mark.parametrize("wrapped", [lambda f: f, jax.jit, jax.checkpoint], ids=["eager", "jit", "checkpoint"])
+def test_calls_that_ask_for_other_gradients(wrapped):
+    """In one program, and one after another: what one asks for the next one neither loses nor gets."""
+    q, k, v = on_jax(arrays(heads=2, queries=41, value_dim=8))
+    frozen = k + 1, v
+
+    def twice(q, k, v):
+        return llsa.attention(llsa.attention(q, k, v, **OPTIONS), *frozen, **OPTIONS).sum()
+
+    middle, back = jax.vjp(lambda *x: llsa.attention(*x, **OPTIONS), q, k, v)
+    expected = back(jax.grad(lambda x: llsa.attention(x, *frozen, **OPTIONS).sum())(middle))
+    assert_same(jax.grad(wrapped(twice), argnums=(0, 1, 2))(q, k, v), [np.asarray(x) for x in expected])
+    of_all = expected_gradients(*map(np.asarray, (q, k, v)))
+    for asked in ((0, 1, 2), (0,), (0, 1, 2), (1,), (1, 2), (0, 1, 2)):
+        assert_same(jax.grad(wrapped(loss), argnums=asked)(q, k, v), [of_all[i] for i in asked])
+
+
 @pytest.mark.parametrize("result", [0, 1], ids=["out", "lse"])
 def test_a_gradient_of_one_result(result):
     of = arrays()
@@ -261,27 +278,115 @@ def test_calls_alike_are_compiled_once():
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
 def test_bad_calls(jitted):
     """Are told before XLA compiles, in the words that all frameworks share."""
-    q, k, v = on_jax(arrays())
+    of = arrays()
+    given = on_jax(of)
     wrap = jax.jit if jitted else lambda f: f
-    selection = llsa.select(q, k, **OPTIONS)
+    selection = llsa.select(*given[:2], **OPTIONS)
+    on_host = np.asarray(given[1])
     for kind, words, call in (
-        (TypeError, "q is an array of JAX and k one of NumPy", lambda q: llsa.attention(q, np.asarray(k), v)),
-        (TypeError, "unexpected keyword argument 'blocksize'", lambda q: llsa.attention(q, k, v, blocksize=3)),
-        (TypeError, "missing 1 required", lambda q: llsa.attention(q, k)),
-        (ValueError, "reweight is 1", lambda q: llsa.attention(q, k, v, reweight=1)),
-        (ValueError, "topk is", lambda q: llsa.attention(q, k, v, topk=[[3]])),
-        (ValueError, "has shape", lambda q: llsa.attention(q[0], k, v)),
-        (TypeError, "has dtype int32", lambda q: llsa.attention(q.astype("int32"), k, v)),
-        (ValueError, "the Selection was made for", lambda q: llsa.attend(q[:1], k[:1], v[:1], selection)),
-        (TypeError, "selection is a", lambda q: llsa.attend(q, k, v, list(selection))),
-        (RuntimeError, "backend 'cupy_raw' cannot run here", lambda q: llsa.attention(q, k, v, backend="cupy_raw")),
-        (TypeError, "pair 0|JAX", lambda q: llsa.merge((q, np.asarray(k)))),
+        (TypeError, "q is an array of JAX and k one of NumPy", lambda q, k, v: llsa.attention(q, on_host, v)),
+        (TypeError, "unexpected keyword argument 'blocksize'", lambda q, k, v: llsa.attention(q, k, v, blocksize=3)),
+        (TypeError, "missing 1 required", lambda q, k, v: llsa.attention(q, k)),
+        (ValueError, "has shape", lambda q, k, v: llsa.attention(q[0], k, v)),
+        (TypeError, "has dtype int32", lambda q, k, v: llsa.attention(q.astype("int32"), k, v)),
+        (ValueError, "the Selection was made for", lambda q, k, v: llsa.attend(q[:1], k[:1], v[:1], selection)),
+        (TypeError, "selection is a", lambda q, k, v: llsa.attend(q, k, v, list(selection))),
+        (
+            RuntimeError,
+            "backend 'cupy_raw' cannot run here",
+            lambda q, k, v: llsa.attention(q, k, v, backend="cupy_raw"),
+        ),
+        (TypeError, "one of NumPy", lambda q, k, v: llsa.merge((q, on_host))),
+        (
+            TypeError,
+            "scale is an array of JAX.*static_argnames",
+            lambda q, k, v: llsa.attention(q, k, v, scale=q[0, 0, 0, 0]),
+        ),
+        (TypeError, "topk is an array of JAX", lambda q, k, v: llsa.attention(q, k, v, topk=q[0, 0, 0, :2])),
     ):
         if "cupy_raw" in words and not llsa.backends()["cupy_raw"]:
             continue
-        llsa.attention(q, k, v)  # what is right is not remembered for what is wrong
         with pytest.raises(kind, match=words):
-            wrap(call)(q)
+            wrap(call)(*given)
+    with pytest.raises(TypeError, match="scale is an array of JAX"):
+        llsa.attention(*of, scale=jnp.float32(0.5))
+
+
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize(
+    ("options", "right"),
+    [
+        ({"reweight": 1}, {"reweight": True}),
+        ({"block_size": 4.0}, {"block_size": 4}),
+        ({"topk": (2.0, 1.0)}, {"topk": (2, 1)}),
+        ({"topk": (2, True)}, {"topk": (2, 1)}),
+        ({"topk": [[2]]}, {"topk": 2}),
+        ({"topk": b"22"}, {"topk": 2}),
+        ({"enrich": (True,)}, {"enrich": (1,)}),
+        ({"enrich": (1.0,)}, {"enrich": (1,)}),
+        ({"scale": np.array([0.5])}, {"scale": 0.5}),
+        ({"layout": ["bhnd"]}, {"layout": "bhnd"}),
+        ({"backend": "nope"}, {"backend": "numpy"}),
+        ({"backend": 3}, {"backend": "auto"}),
+        ({"backend": ["numpy"]}, {"backend": "auto"}),
+    ],
+    ids=str,
+)
+def test_options_that_are_wrong(options, right, jitted):
+    """As with NumPy's arrays, and also after a call that was right and that Python takes for equal."""
+    of = arrays(queries=20, keys=20)
+
+    def attend(options):
+        return lambda *given: llsa.attention(*given, **OPTIONS | {"topk": 2} | options)
+
+    wrap = jax.jit if jitted else lambda f: f
+    assert_same([wrap(attend(right))(*on_jax(of))], [attend(right)(*of)])
+    with pytest.raises((TypeError, ValueError)) as theirs:
+        attend(options)(*of)
+    with pytest.raises(theirs.type) as ours:
+        wrap(attend(options))(*on_jax(of))
+    assert str(ours.value).partition(";")[2] == str(theirs.value).partition(";")[2]
+
+
+@pytest.mark.parametrize("topk", [np.int64(2), np.array(2), (np.array(2), np.int32(1)), range(1, 3)], ids=str)
+def test_options_of_numpys_types(topk):
+    of = arrays(queries=20, keys=20)
+    options = {"block_size": np.int32(4), "levels": np.array(2), "topk": topk}
+    llsa.attention(*on_jax(of), block_size=4, levels=2, topk=(2, 1))
+    assert_same([llsa.attention(*on_jax(of), **options)], [llsa.attention(*of, **options)])
+
+
+def test_programs_for_other_platforms():
+    """Are refused when they are compiled, in the words that say what is missing."""
+    if llsa.backends()["cupy_raw"] == ():
+        pytest.skip("there is a GPU")
+    given = on_jax(arrays())
+    traced = jax.jit(lambda *x: llsa.attention(*x, **OPTIONS)).trace(*given)
+    with pytest.raises(ValueError, match=r"the arrays are on cuda:0.*What is missing: .*cupy"):
+        traced.lower(lowering_platforms=("cuda",))
+    with pytest.raises(NotImplementedError, match="served on the platforms cpu, cuda"):
+        traced.lower(lowering_platforms=("tpu",))
+
+
+def test_a_selection_that_is_partly_traced():
+    q, k, _ = on_jax(arrays())
+    levels = list(llsa.select(q, k, **OPTIONS))
+    made = {"block_size": 4, "query_tokens": 37, "key_tokens": 41}
+    assert len(jax.jit(lambda x: llsa.Selection([x, levels[1]], **made))(levels[0])) == 2
+
+
+def test_a_selection_crosses_shard_map():
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices("cpu"))
+    spec, of = PartitionSpec("a", "b"), arrays()
+    split = {"mesh": mesh, "out_specs": spec}
+    selection = jax.jit(jax.shard_map(lambda q, k: llsa.select(q, k, **OPTIONS), in_specs=(spec, spec), **split))(
+        *on_jax(of[:2])
+    )
+    expected = llsa.select(*of[:2], **OPTIONS)
+    assert repr(selection) == repr(expected)
+    assert_same(selection, expected)
+    attend = jax.shard_map(llsa.attend, in_specs=(spec,) * 4, **split)
+    assert_same(jax.jit(attend)(*on_jax(of), selection), llsa.attend(*of, expected))
 
 
 def test_keys_of_random_numbers_are_not_numbers():
