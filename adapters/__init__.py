@@ -76,10 +76,16 @@ ADAPTERS = {
 }
 """Top module of an array's type (or of a base class of it) -> the module whose `adapter` serves it."""
 
+OTHERS = "llsa_np.adapters.dlpack_arrays"
+"""The module that serves arrays of any other framework, if they go through DLPack."""
+
 PIECE = 16
 """Bytes that kernels move at once where arrays begin at multiples of it."""
 
-SUPPORTED = "arrays of NumPy (bfloat16 as ml_dtypes.bfloat16), CuPy, numba.cuda and JAX, and dense tensors of PyTorch"
+SUPPORTED = (
+    "arrays of NumPy (bfloat16 as ml_dtypes.bfloat16), CuPy, numba.cuda and JAX, dense tensors of PyTorch, and any "
+    "others that go through DLPack"
+)
 
 
 def type_name(value: Any) -> str:
@@ -94,6 +100,9 @@ def _adapter_of_type(kind: type) -> Adapter | None:
         if module is not None:
             adapter: Adapter = importlib.import_module(module).adapter
             return adapter
+    if hasattr(kind, "__dlpack__"):
+        exchanged: Adapter = importlib.import_module(OTHERS).adapter_of_package(kind.__module__.partition(".")[0])
+        return exchanged
     return None
 
 

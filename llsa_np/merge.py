@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from llsa_np.adapters import common_adapter, type_name
+from llsa_np.adapters.dlpack_arrays import through_dlpack
 from llsa_np.checks import check_devices, check_dtype, check_floats, check_shape, lse_dtype, sizes
 from llsa_np.options import Layout, check_layout
 
 
+@through_dlpack
 def merge(*pairs: tuple[Any, Any], layout: Layout = "bhnd") -> tuple[Any, Any]:
     """lse = log sum_i exp(lse_i) and out = sum_i exp(lse_i - lse) out_i.
 

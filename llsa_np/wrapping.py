@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
 
+from llsa_np.adapters.dlpack_arrays import through_dlpack
 from llsa_np.copies import copied_to_the_device
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -30,10 +31,11 @@ ones, take calls with such arrays."""
 
 
 def wrapped_by_frameworks(function: Function) -> Function:
-    """The function, whose calls with arrays of a framework that differentiates go through that framework's wrapper, and
-    whose calls with NumPy arrays for a GPU through copies; `.plain` is the function without."""
+    """The function, whose calls with arrays of a framework that differentiates go through that framework's wrapper,
+    those with NumPy arrays for a GPU through copies, and those with arrays of a framework that nothing here names
+    through DLPack; `.plain` is the function without."""
 
-    name, copied = function.__name__, copied_to_the_device(function)
+    name, copied = function.__name__, copied_to_the_device(through_dlpack(function))
 
     # A compiler may read through this: no import by name, no table of imported modules.
     @wraps(function)

@@ -1,0 +1,151 @@
+"""Any other framework whose arrays go through DLPack: read where they lie, and results given back in its own type.
+
+For a call such arrays become NumPy's on the host and CuPy's on a GPU, without a copy; results return by `from_dlpack`,
+of the array's namespace or else of its type's top module. DLPack carries numbers, not what a framework remembers of
+them, so no gradient flows: call `attend_backward`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import cache, wraps
+from inspect import signature
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llsa_np.adapters import View, adapter_of_type, common_adapter
+from llsa_np.backends import EXTRA
+from llsa_np.copies import ARRAYS
+from llsa_np.selection import Selection
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+HOST, CUDA = (1, 3), (2, 13)
+"""DLPack's numbers for memory that the host reads, and that NVIDIA's GPUs do."""
+OTHERS = {4: "OpenCL", 7: "Vulkan", 8: "Metal", 10: "ROCm", 11: "ROCm", 14: "oneAPI", 15: "WebGPU", 16: "Hexagon"}
+
+
+class DLPackAdapter:
+    """Arrays of a framework that nothing here names."""
+
+    def __init__(self, package: str) -> None:
+        self.name = package
+
+    def owns(self, array: Any) -> bool:
+        return hasattr(array, "__dlpack_device__")
+
+    def view(self, array: Any, layout: str = "bhnd") -> View:
+        lent = self.lend(array)
+        view: View = adapter_of_type(type(lent)).view(lent, layout)  # type: ignore[union-attr]
+        return view
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, like: View, layout: str = "bhnd") -> Any:
+        raise NotImplementedError(f"new arrays of {self.name} come back from NumPy's or CuPy's")
+
+    def maker(self, shape: tuple[int, ...], dtype: np.dtype[Any], like: View) -> Any:
+        raise NotImplementedError(f"new arrays of {self.name} come back from NumPy's or CuPy's")
+
+    def key(self, array: Any) -> None:
+        return None
+
+    def pointer(self, array: Any) -> int:
+        return 0
+
+    def stream(self, like: View) -> int:
+        return 0
+
+    def namespace(self, array: Any) -> Any:
+        return None
+
+    def to_numpy(self, array: Any) -> NDArray[Any]:
+        lent = self.lend(array)
+        host: NDArray[Any] = adapter_of_type(type(lent)).to_numpy(lent)  # type: ignore[union-attr]
+        return host
+
+    def lend(self, array: Any) -> Any:
+        """The array as NumPy's or CuPy's, in the same memory."""
+        kind, _ = array.__dlpack_device__()
+        if kind in CUDA:
+            return cupy().from_dlpack(array)
+        if kind not in HOST:
+            raise TypeError(
+                f"an array of {self.name} is on a device of {OTHERS.get(int(kind), f'kind {int(kind)}')}, which no "
+                "backend serves; there are backends for the host and for NVIDIA's GPUs. Copy it to the host first"
+            )
+        try:
+            return np.from_dlpack(array)
+        except (RuntimeError, BufferError, TypeError, ValueError) as error:
+            raise TypeError(
+                f"NumPy does not take this array of {self.name} ({getattr(array, 'dtype', 'dtype unknown')}) through "
+                f"DLPack: {error}. On the host DLPack carries no bfloat16 to NumPy; convert it to float32 or float16"
+            ) from error
+
+    def give_back(self, result: Any, like: Any) -> Any:
+        """A result of NumPy's or CuPy's as an array of the framework."""
+        has_namespace = hasattr(like, "__array_namespace__")
+        namespace = like.__array_namespace__() if has_namespace else sys.modules[self.name]
+        if not hasattr(namespace, "from_dlpack"):
+            raise TypeError(f"{self.name} has no from_dlpack, by which results would come back as its arrays")
+        return namespace.from_dlpack(result)
+
+
+@cache
+def adapter_of_package(package: str) -> DLPackAdapter:
+    """The adapter of a framework, by its top module."""
+    return DLPackAdapter(package)
+
+
+def cupy() -> Any:
+    """CuPy, as which arrays on a GPU are read."""
+    try:
+        import cupy as module
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"arrays on a GPU are read through DLPack by CuPy, which is not installed {EXTRA}"
+        ) from error
+    return module
+
+
+def arrays_in(value: Any) -> list[Any]:
+    """The arrays in an argument: itself, a Selection's, a pair's of `merge`."""
+    if isinstance(value, (Selection, tuple, list)):
+        return [x for part in value for x in arrays_in(part)]
+    return [] if value is None else [value]
+
+
+def changed(value: Any, change: Callable[[Any], Any]) -> Any:
+    """An argument or a result with other arrays in it."""
+    if isinstance(value, Selection):
+        return value._with_arrays(change(x) for x in value)
+    if isinstance(value, (tuple, list)):
+        return tuple(changed(x, change) for x in value)
+    return None if value is None else change(value)
+
+
+def through_dlpack(function: Function) -> Function:
+    """The function, which takes such arrays too, and gives their kind back. What is mixed it judges itself."""
+    who, names = function.__name__, list(signature(function).parameters)
+
+    @wraps(function)
+    def call(*arrays: Any, **options: Any) -> Any:
+        known = adapter_of_type(type(arrays[0])) if arrays else None
+        if known is not None and not isinstance(known, DLPackAdapter):
+            return function(*arrays, **options)
+        by_name = {name: options[name] for name in ARRAYS if name in options}
+        first = next(iter(arrays_in((*arrays, *by_name.values()))), None)
+        if not isinstance(adapter_of_type(type(first)), DLPackAdapter):
+            return function(*arrays, **options)
+        named = dict(zip(names, arrays)) if len(arrays) <= len(names) else dict(enumerate(arrays, 1))
+        flat: dict[str, Any] = {}
+        for name, value in (named | by_name).items():
+            several = arrays_in(value)
+            flat |= {f"{name} {i}" if len(several) > 1 else str(name): x for i, x in enumerate(several, 1)}
+        of: Any = common_adapter(who, flat)
+        lent = {name: changed(value, of.lend) for name, value in by_name.items()}
+        result = function(*(changed(x, of.lend) for x in arrays), **options | lent)
+        return changed(result, lambda x: of.give_back(x, first))
+
+    return call  # type: ignore[return-value]

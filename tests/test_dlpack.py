@@ -1,0 +1,167 @@
+"""Frameworks that nothing names: their arrays go through DLPack, and come back as their own."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+from calls import assert_same_bits
+from hypothesis import given, settings
+from strategies import EMULATED, SIMULATED, cases
+
+import llsa_np as llsa
+from llsa_np.adapters import adapter_of_type
+
+if SIMULATED or EMULATED:
+    pytest.skip("arrays go through DLPack without a simulator", allow_module_level=True)
+
+PRODUCERS = {"array_api_strict": "asarray", "mlx": "array", "tvm_ffi": "from_dlpack"}
+DTYPES = ("float16", "float32")
+
+
+@pytest.fixture(params=PRODUCERS, scope="module")
+def package(request):
+    """The name of a framework's top module."""
+    if importlib.util.find_spec(request.param) is None:
+        pytest.skip(f"{request.param} is not installed")
+    return request.param
+
+
+def made(package, x):
+    """An array of a framework, from NumPy's."""
+    module = importlib.import_module("mlx.core" if package == "mlx" else package)
+    return getattr(module, PRODUCERS[package])(np.array(x, order="C"))
+
+
+def back(x):
+    return np.from_dlpack(x)
+
+
+def assert_same(ours, theirs, like):
+    for x, y in zip(ours, theirs, strict=True):
+        assert type(x) is type(like)
+        assert_same_bits(np.asarray(back(x)), np.asarray(y))
+
+
+@settings(max_examples=25)
+@given(case=cases(dtypes=("float32",)))
+def test_the_same_bits_as_numpys(package, case):
+    given = [made(package, x) for x in case.arrays()]
+    q, k, v, dout, dlse = given
+    host = [np.ascontiguousarray(x) for x in case.arrays()]
+    selection, of = llsa.select(q, k, **case.select_options), llsa.select(*host[:2], **case.select_options)
+    assert_same(selection, of, q)
+    result, expected = (
+        llsa.attend(q, k, v, selection, **case.attend_options),
+        llsa.attend(*host[:3], of, **case.attend_options),
+    )
+    assert_same(result, expected, q)
+    gradients = llsa.attend_backward(dout, q, k, v, *result, selection, dlse=dlse, **case.attend_options)
+    assert_same(
+        gradients,
+        llsa.attend_backward(host[3], *host[:3], *expected, of, dlse=host[4], **case.attend_options),
+        q,
+    )
+    options = case.select_options | case.attend_options
+    assert_same([llsa.attention(q=q, k=k, v=v, **options)], [llsa.attention(*host[:3], **options)], q)
+
+
+def arrays(package, dtype="float32"):
+    if package == "array_api_strict" and dtype == "float16":
+        pytest.skip("the array API has no float16")
+    rng = np.random.default_rng(0)
+    return [made(package, rng.standard_normal((1, 2, 30, 8)).astype(dtype)) for _ in range(3)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_parts_around_attention(package, dtype):
+    q, k, v = arrays(package, dtype)
+    host = [back(x) for x in (q, k, v)]
+    assert_same(llsa.pool(q, block_size=4, levels=2), llsa.pool(host[0], block_size=4, levels=2), q)
+    selection = llsa.select(q, k, block_size=4)
+    pair = llsa.attend(q, k, v, selection)
+    assert_same(llsa.merge(pair, pair), llsa.merge(*[[back(x) for x in pair]] * 2), q)
+    mass, error = llsa.coverage(q, k, selection, v)
+    expected = llsa.coverage(*host[:2], llsa.select(*host[:2], block_size=4), host[2])
+    assert np.array_equal(mass, expected[0])
+    assert np.array_equal(error, expected[1])
+    again = llsa.Selection(list(selection), block_size=4, query_tokens=30, key_tokens=30)
+    assert_same(llsa.attend(q, k, v, again), [back(x) for x in pair], q)
+    assert llsa.attend_backward(pair[0], q, k, v, *pair, selection, needs=("k",))[0] is None
+
+
+def test_memory_is_shared(package, monkeypatch):
+    """On the way in the reference reads the producer's own memory."""
+    seen = []
+    of = adapter_of_type(type(arrays(package)[0]))
+    plain = type(of).lend
+
+    def lend(self, array):
+        seen.append((back(array).ctypes.data, plain(self, array).ctypes.data))
+        return plain(self, array)
+
+    monkeypatch.setattr(type(of), "lend", lend)
+    llsa.attention(*arrays(package), block_size=4)
+    assert len(seen) >= 3
+    assert all(theirs == ours for theirs, ours in seen)
+
+
+def test_what_is_mixed_is_named(package):
+    q, k, v = arrays(package)
+    with pytest.raises(TypeError, match=f"q is an array of {package} and k one of NumPy"):
+        llsa.attention(q, back(k), v)
+    with pytest.raises(TypeError, match=f"q is an array of NumPy and k one of {package}"):
+        llsa.attention(back(q), k, v)
+    others = [x for x in PRODUCERS if x != package and importlib.util.find_spec(x)]
+    for other in others:
+        with pytest.raises(TypeError, match=f"v one of {other}"):
+            llsa.attention(q, k, made(other, back(v).copy()))
+    for backend in ("numba_cuda", "cupy_raw"):
+        with pytest.raises((ValueError, RuntimeError), match=backend):
+            llsa.attention(q, k, v, backend=backend)
+
+
+def test_a_dtype_that_does_not_go_through():
+    mlx = pytest.importorskip("mlx.core", reason="mlx is not installed")
+    q, k, v = (x.astype(mlx.bfloat16) for x in arrays("mlx"))
+    with pytest.raises(TypeError, match=r"bfloat16.*convert it to float32 or float16"):
+        llsa.attention(q, k, v)
+
+
+class Elsewhere:
+    """An array on a device that no backend serves."""
+
+    def __dlpack__(self, **_):
+        raise BufferError
+
+    def __dlpack_device__(self):
+        return (14, 0)
+
+
+class NoWayBack:
+    """An array whose framework has no from_dlpack."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __dlpack__(self, **options):
+        return self.x.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.x.__dlpack_device__()
+
+
+def test_what_no_backend_serves_says_so():
+    with pytest.raises(TypeError, match="oneAPI, which no backend serves"):
+        llsa.pool(Elsewhere())
+    with pytest.raises(TypeError, match="has no from_dlpack"):
+        llsa.pool(NoWayBack(np.ones((1, 1, 4, 2), np.float32)))
+
+
+def test_read_only_and_strided_memory():
+    """Of a producer that exports them."""
+    xp = pytest.importorskip("array_api_strict", reason="array_api_strict is not installed")
+    x = np.random.default_rng(0).standard_normal((1, 2, 60, 16)).astype(np.float32)
+    for seen in (x[:, :, ::2], x[..., ::-1], x.swapaxes(1, 2)[:, :30], x[:, :, 3:40, 4:12]):
+        seen.flags.writeable = False
+        (level,) = llsa.pool(xp.from_dlpack(seen), block_size=4)
+        assert_same([level], llsa.pool(seen, block_size=4), xp.asarray([1.0]))
