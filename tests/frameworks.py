@@ -76,6 +76,8 @@ class Torch:
 
     name = "torch"
     has_operations = True
+    share = 3
+    """One in so many of the cases that a property draws: on the CPU NumPy's arrays test the reference."""
     device = "cpu"
 
     @classmethod
@@ -102,6 +104,7 @@ class Torch:
 
 
 class TorchOnTheGPU(Torch):
+    share = 1
     device = "cuda"
 
 

@@ -48,9 +48,9 @@ running: dict[str, str | None] = {"backend": None}
 """The backend that the test now running is for: a drawn Case is one that it serves."""
 
 
-def examples(number, simulated=LIMITS.examples):
-    """How many cases a property draws. simulated: in the simulator, where some properties run long."""
-    return min(number, simulated if SIMULATED else LIMITS.examples)
+def examples(number, simulated=LIMITS.examples, emulated=LIMITS.examples):
+    """How many cases a property draws. simulated, emulated: where kernels run on the CPU, for those that run long."""
+    return min(number, simulated if SIMULATED else emulated if EMULATED else LIMITS.examples)
 
 
 @dataclass(frozen=True)

@@ -736,7 +736,7 @@ def test_lists_that_are_cut_into_pieces(block_size, group, monkeypatch):
 
 
 BY_ROWS = Case(
-    dtype="float32", query_tokens=300, key_tokens=500, block_size=16, levels=2, topk=2, batch=2, dim=16, value_dim=24
+    dtype="float32", query_tokens=200, key_tokens=500, block_size=16, levels=2, topk=2, batch=2, dim=16, value_dim=24
 )
 """With a ragged last row."""
 
@@ -760,7 +760,7 @@ def by_rows(monkeypatch):
     ("case", "levels"),
     [
         (BY_ROWS, 1),
-        (BY_ROWS.but(group=2, data="one_popular_key"), 1),
+        (BY_ROWS.but(group=2, batch=1, data="one_popular_key"), 1),
         (BY_ROWS.but(block_size=32, key_tokens=2100, batch=1, data="tied"), 1),
         (BY_ROWS.but(levels=3, topk=(2, 2, 1), batch=1), 2),  # one hands down to the next
         (BY_ROWS.but(enrich=(1,), batch=1), 1),  # nothing is handed down to it
@@ -786,7 +786,7 @@ def test_rows_that_kept_less(by_rows):
     levels = [level.copy() for level in selection]
     levels[1][0, :, :, 1] = -1
     levels[1][1, :, :1] = -1
-    selection = llsa.Selection(levels, block_size=16, query_tokens=300, key_tokens=500)
+    selection = llsa.Selection(levels, block_size=16, query_tokens=200, key_tokens=500)
     results = run(BY_ROWS, "cupy_raw", NumPy, (q, k, v, dout, dlse), selection)
     assert_within_bounds(BY_ROWS, results, reference(BY_ROWS, selection))
     assert by_rows() == 1

@@ -148,7 +148,7 @@ def test_4b_permuting_coarsest_subtrees(backend, framework, case):
 
 
 @given(case=cases(**PLAIN, dtypes=("float32", "bfloat16")))
-@settings(max_examples=examples(50))
+@settings(max_examples=examples(50, emulated=2))
 def test_4c_batches_and_heads_do_not_mix(backend, framework, case):
     """Every head of every batch entry alone has the bits that it has among the others."""
     arrays = [case.to_bhnd(x) for x in case.arrays()]

@@ -151,7 +151,7 @@ def test_options_of_other_types(entries, dtype):
         assert_close(found, reference(q, k, v, enrich=(2,)))
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(st.data())
 def test_memory_tells_calls_apart(data):
     """Strides, offsets modulo 16 bytes and dtypes, with the plans of all other draws kept."""
