@@ -29,6 +29,23 @@ class View(NamedTuple):
     """What a backend reads or writes; four axes stand in the order (batch, heads, tokens, dim)."""
 
 
+class DeviceMemory:
+    """What has `ptr`, `shape`, `strides` and `dtype` of memory on a GPU, as kernels' launchers read it."""
+
+    __slots__ = ()
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        of: Any = self
+        return {
+            "shape": of.shape,
+            "strides": of.strides,
+            "typestr": of.dtype.str,
+            "data": (of.ptr, False),
+            "version": 3,
+        }
+
+
 class Adapter(Protocol):
     """What llsa_np asks of an array framework."""
 

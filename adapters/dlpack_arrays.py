@@ -65,22 +65,22 @@ class DLPackAdapter:
         host: NDArray[Any] = adapter_of_type(type(lent)).to_numpy(lent)  # type: ignore[union-attr]
         return host
 
-    def lend(self, array: Any) -> Any:
-        """The array as NumPy's or CuPy's, in the same memory."""
+    def lend(self, array: Any, what: str = "an array") -> Any:
+        """The array as NumPy's or CuPy's, in the same memory. what: its name in errors."""
         kind, _ = array.__dlpack_device__()
         if kind in CUDA:
             return cupy().from_dlpack(array)
         if kind not in HOST:
             raise TypeError(
-                f"an array of {self.name} is on a device of {OTHERS.get(int(kind), f'kind {int(kind)}')}, which no "
+                f"{what} of {self.name} is on a device of {OTHERS.get(int(kind), f'kind {int(kind)}')}, which no "
                 "backend serves; there are backends for the host and for NVIDIA's GPUs. Copy it to the host first"
             )
         try:
             return np.from_dlpack(array)
         except (RuntimeError, BufferError, TypeError, ValueError) as error:
             raise TypeError(
-                f"NumPy does not take this array of {self.name} ({getattr(array, 'dtype', 'dtype unknown')}) through "
-                f"DLPack: {error}. On the host DLPack carries no bfloat16 to NumPy; convert it to float32 or float16"
+                f"{what} of {self.name} ({getattr(array, 'dtype', 'dtype unknown')}) does not go through DLPack to "
+                f"NumPy: {error}. On the host DLPack carries no bfloat16; convert it to float32 or float16"
             ) from error
 
     def give_back(self, result: Any, like: Any) -> Any:
@@ -138,14 +138,19 @@ def through_dlpack(function: Function) -> Function:
         first = next(iter(arrays_in((*arrays, *by_name.values()))), None)
         if not isinstance(adapter_of_type(type(first)), DLPackAdapter):
             return function(*arrays, **options)
-        named = dict(zip(names, arrays)) if len(arrays) <= len(names) else dict(enumerate(arrays, 1))
+        positional = names if names[0] in ARRAYS else [f"pair {i}" for i in range(len(arrays))]  # of `merge`
+        named = dict(zip(positional, arrays))
         flat: dict[str, Any] = {}
         for name, value in (named | by_name).items():
             several = arrays_in(value)
-            flat |= {f"{name} {i}" if len(several) > 1 else str(name): x for i, x in enumerate(several, 1)}
+            within = "level {i} of {name}" if isinstance(value, Selection) else "array {i} of {name}"
+            of_value = within if isinstance(value, (Selection, tuple, list)) else "{name}"
+            flat |= {of_value.format(i=i, name=name): x for i, x in enumerate(several, 1)}
         of: Any = common_adapter(who, flat)
-        lent = {name: changed(value, of.lend) for name, value in by_name.items()}
-        result = function(*(changed(x, of.lend) for x in arrays), **options | lent)
+        lent = {id(x): of.lend(x, f"{who}: {name}, an array") for name, x in flat.items()}
+        others = {name: changed(value, lambda x: lent[id(x)]) for name, value in by_name.items()}
+        given = [changed(x, lambda x: lent.get(id(x), x)) for x in arrays]  # too many the function judges
+        result = function(*given, **options | others)
         return changed(result, lambda x: of.give_back(x, first))
 
     return call  # type: ignore[return-value]

@@ -128,7 +128,7 @@ class Call(NamedTuple):
             for result, to in zip(self.operation.of([np.asarray(x) for x in given]), out):
                 np.asarray(to)[...] = result
             return
-        on_host = self.device == "cpu"
+        on_host = self.device == "cpu"  # where kernels run on the CPU, as the suite has them
         pointers = [pointer(x, on_host) for x in (*given, *out)]
         stream = 0 if on_host else context.stream
         device = self.device if on_host else f"cuda:{given[0].__dlpack_device__()[1]}"
@@ -264,7 +264,8 @@ def as_varying(arrays: Any, axes: tuple[str, ...]) -> list[Any]:
     return [jax.lax.pcast(x, missing, to="varying") if missing else x for x, missing in zip(arrays, of)]
 
 
-# --- gradients
+# --- gradients. jit stands outside of what they are defined for, so that a call outside of any program finds its own
+# compiled; `__wrapped__` is what stands inside.
 
 
 @jax.tree_util.register_static
@@ -385,14 +386,13 @@ def selection_of(selected: Any, block_size: int, q: Any, k: Any, layout: str) ->
 
 
 def operation_of(name: str, options: dict[str, Any]) -> Operation:
-    """An operation, whose options with several entries are tuples."""
-    values = {option: plain_value(name, option, x) for option, x in options.items()}
-    kinds = tuple((tuple, *map(type, x)) if isinstance(x, tuple) else type(x) for x in values.values())
-    return Operation(name, kinds, tuple(values.items()))
+    """An operation with options as `plain_value` leaves them."""
+    kinds = tuple((tuple, *map(type, x)) if isinstance(x, tuple) else type(x) for x in options.values())
+    return Operation(name, kinds, tuple(options.items()))
 
 
 def plain_value(name: str, option: str, value: Any) -> Any:
-    """An option's value, as a program may be kept by it."""
+    """An option's value, as a program may be kept by it: a tuple where it has several entries."""
     entries = as_tuple(value)
     if any(isinstance(x, jax.Array) for x in (value, *(entries or ()))):
         raise TypeError(

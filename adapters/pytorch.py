@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from llsa_np import functions
-from llsa_np.adapters import PIECE, View
+from llsa_np.adapters import PIECE, DeviceMemory, View
 from llsa_np.backends import check_backend
 from llsa_np.checks import ORDER, check_queries_keys, check_selection
 from llsa_np.hierarchy import Hierarchy, hierarchy_of, levels_of
@@ -57,7 +57,7 @@ PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 """Types of tensors that hold numbers of their own; others stand for something else."""
 
 
-class DeviceArray:
+class DeviceArray(DeviceMemory):
     """A CUDA tensor's memory as kernels need it: where it begins, shape, strides in bytes, element type."""
 
     __slots__ = ("dtype", "owner", "ptr", "shape", "strides")
@@ -68,16 +68,6 @@ class DeviceArray:
         self.owner, self.dtype, self.shape = tensor, dtype, shape
         self.ptr = tensor.data_ptr()
         self.strides = tuple([stride * dtype.itemsize for stride in strides])
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        return {
-            "shape": self.shape,
-            "strides": self.strides,
-            "typestr": self.dtype.str,
-            "data": (self.ptr, False),
-            "version": 3,
-        }
 
 
 def host_array(tensor: torch.Tensor) -> NDArray[Any]:

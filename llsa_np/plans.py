@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from llsa_np.adapters import PIECE, Adapter, View, adapter_of_type
+from llsa_np.adapters import PIECE, Adapter, DeviceMemory, View, adapter_of_type
 from llsa_np.backends import RECORDS, Backend, recorded_devices
 from llsa_np.copies import ARRAYS
 from llsa_np.selection import Selection
@@ -44,7 +44,7 @@ CLOCK = count()
 # --- recording
 
 
-class StandIn:
+class StandIn(DeviceMemory):
     """An array without memory. `ptr` stands for where it will begin, and has its alignment; 0 if it has no elements."""
 
     __slots__ = ("device", "dtype", "ptr", "recording", "shape", "strides")
@@ -58,17 +58,6 @@ class StandIn:
     def size(self) -> int:
         """The number of elements."""
         return prod(self.shape)
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        """For a backend that runs with it: it has memory then."""
-        return {
-            "shape": self.shape,
-            "strides": self.strides,
-            "typestr": self.dtype.str,
-            "data": (self.ptr, False),
-            "version": 3,
-        }
 
 
 class Place(NamedTuple):

@@ -89,8 +89,10 @@ def fewer_cases(test, share):
         return
     test = getattr(test, "__func__", test)
     test._hypothesis_internal_use_settings = settings(drawn, max_examples=-(-drawn.max_examples // share))
-    yield
-    test._hypothesis_internal_use_settings = drawn
+    try:
+        yield
+    finally:
+        test._hypothesis_internal_use_settings = drawn
 
 
 @pytest.hookimpl(wrapper=True)

@@ -95,9 +95,10 @@ def test_memory_is_shared(package, monkeypatch):
     of = adapter_of_type(type(arrays(package)[0]))
     plain = type(of).lend
 
-    def lend(self, array):
-        seen.append((back(array).ctypes.data, plain(self, array).ctypes.data))
-        return plain(self, array)
+    def lend(self, array, *what):
+        lent = plain(self, array, *what)
+        seen.append((back(array).ctypes.data, lent.ctypes.data))
+        return lent
 
     monkeypatch.setattr(type(of), "lend", lend)
     llsa.attention(*arrays(package), block_size=4)
@@ -123,7 +124,7 @@ def test_what_is_mixed_is_named(package):
 def test_a_dtype_that_does_not_go_through():
     mlx = pytest.importorskip("mlx.core", reason="mlx is not installed")
     q, k, v = (x.astype(mlx.bfloat16) for x in arrays("mlx"))
-    with pytest.raises(TypeError, match=r"bfloat16.*convert it to float32 or float16"):
+    with pytest.raises(TypeError, match=r"^attention: q, an array of mlx .*bfloat16.*convert it to float32 or float16"):
         llsa.attention(q, k, v)
 
 
