@@ -111,11 +111,22 @@ def type_name(value: Any) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
+def half_installed(package: str, error: Exception) -> ImportError:
+    """What a framework comes to whose arrays are here, but which cannot be imported as a whole."""
+    return ImportError(
+        f"llsa_np: arrays of {package} cannot be read, as {package} is installed in part, or in a version that lacks "
+        f"what is needed: {error}. Reinstall it, in a version that pip install 'llsa-np' with its extra allows"
+    )
+
+
 def _adapter_of_type(kind: type) -> Adapter | None:
     for base in kind.__mro__:
-        module = ADAPTERS.get(base.__module__.partition(".")[0])
-        if module is not None:
-            adapter: Adapter = importlib.import_module(module).adapter
+        package = base.__module__.partition(".")[0]
+        if package in ADAPTERS:
+            try:
+                adapter: Adapter = importlib.import_module(ADAPTERS[package]).adapter
+            except (ImportError, AttributeError) as error:
+                raise half_installed(package, error) from error
             return adapter
     if hasattr(kind, "__dlpack__"):
         exchanged: Adapter = importlib.import_module(OTHERS).adapter_of_package(kind.__module__.partition(".")[0])

@@ -8,6 +8,7 @@ from typing import Any
 
 import cupy
 import numpy as np
+from cupy import ndarray
 from numpy.typing import NDArray
 
 from llsa_np.adapters import PIECE, View
@@ -26,7 +27,7 @@ class CupyAdapter:
     name = "CuPy"
 
     def owns(self, array: Any) -> bool:
-        return isinstance(array, cupy.ndarray)
+        return isinstance(array, ndarray)
 
     def view(self, array: Any, layout: str = "bhnd") -> View:
         data = array.swapaxes(1, 2) if layout == "bnhd" and array.ndim == 4 else array
@@ -44,7 +45,7 @@ class CupyAdapter:
 
         def make() -> Any:
             with device:
-                return cupy.ndarray(shape, dtype)
+                return ndarray(shape, dtype)
 
         return make
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from llsa_np.adapters import View, adapter_of_type, common_adapter
 from llsa_np.backends import EXTRA
+from llsa_np.checks import check_devices
 from llsa_np.copies import ARRAYS
 from llsa_np.selection import Selection
 
@@ -25,6 +26,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 HOST, CUDA = (1, 3), (2, 13)
 """DLPack's numbers for memory that the host reads, and that NVIDIA's GPUs do."""
+ON_ONE_GPU = 2
+"""CUDA's number for memory that is one device's own."""
 OTHERS = {4: "OpenCL", 7: "Vulkan", 8: "Metal", 10: "ROCm", 11: "ROCm", 14: "oneAPI", 15: "WebGPU", 16: "Hexagon"}
 
 
@@ -38,9 +41,7 @@ class DLPackAdapter:
         return hasattr(array, "__dlpack_device__")
 
     def view(self, array: Any, layout: str = "bhnd") -> View:
-        lent = self.lend(array)
-        view: View = adapter_of_type(type(lent)).view(lent, layout)  # type: ignore[union-attr]
-        return view
+        return seen(self.lend(array), layout)
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: View, layout: str = "bhnd") -> Any:
         raise NotImplementedError(f"new arrays of {self.name} come back from NumPy's or CuPy's")
@@ -67,11 +68,11 @@ class DLPackAdapter:
 
     def lend(self, array: Any, what: str = "an array") -> Any:
         """The array as NumPy's or CuPy's, in the same memory. what: its name in errors."""
-        kind, _ = array.__dlpack_device__()
+        kind, number = array.__dlpack_device__()
         if kind in CUDA:
-            return cupy().from_dlpack(array)
+            return self.lend_on_gpu(array, number, what)
         if kind not in HOST:
-            raise TypeError(
+            raise ValueError(
                 f"{what} of {self.name} is on a device of {OTHERS.get(int(kind), f'kind {int(kind)}')}, which no "
                 "backend serves; there are backends for the host and for NVIDIA's GPUs. Copy it to the host first"
             )
@@ -83,6 +84,32 @@ class DLPackAdapter:
                 f"NumPy: {error}. On the host DLPack carries no bfloat16; convert it to float32 or float16"
             ) from error
 
+    def lend_on_gpu(self, array: Any, number: int, what: str) -> Any:
+        """The array as CuPy's, whose current stream on that device waits for what the framework does to it."""
+        cupy = cupy_for(what, self.name)
+        cuda = cupy.cuda
+        there = cuda.runtime.getDeviceCount()
+        if not 0 <= number < there:
+            raise ValueError(
+                f"{what} of {self.name} is on cuda:{number}, as {self.name} says, and to CuPy there "
+                f"{'is 1 device' if there == 1 else f'are {there} devices'}. Set CUDA_VISIBLE_DEVICES before both are "
+                "imported"
+            )
+        try:
+            lent = cupy.from_dlpack(array)
+        except (RuntimeError, BufferError, TypeError, ValueError) as error:
+            raise TypeError(
+                f"{what} of {self.name} ({getattr(array, 'dtype', 'dtype unknown')}) does not go through DLPack to "
+                f"CuPy: {error}"
+            ) from error
+        of = cuda.runtime.pointerGetAttributes(lent.data.ptr) if lent.size else None
+        if of is not None and of.type == ON_ONE_GPU and of.device != number:
+            raise ValueError(
+                f"{what} of {self.name} is on cuda:{number}, as {self.name} says, and its memory on cuda:{of.device}, "
+                "as CUDA does. Set CUDA_VISIBLE_DEVICES before both are imported"
+            )
+        return lent
+
     def give_back(self, result: Any, like: Any) -> Any:
         """A result of NumPy's or CuPy's as an array of the framework."""
         has_namespace = hasattr(like, "__array_namespace__")
@@ -92,21 +119,27 @@ class DLPackAdapter:
         return namespace.from_dlpack(result)
 
 
+def seen(lent: Any, layout: str = "bhnd") -> View:
+    """The view of an array of NumPy's or CuPy's."""
+    view: View = adapter_of_type(type(lent)).view(lent, layout)  # type: ignore[union-attr]
+    return view
+
+
 @cache
 def adapter_of_package(package: str) -> DLPackAdapter:
     """The adapter of a framework, by its top module."""
     return DLPackAdapter(package)
 
 
-def cupy() -> Any:
+def cupy_for(what: str, name: str) -> Any:
     """CuPy, as which arrays on a GPU are read."""
     try:
-        import cupy as module
-    except ModuleNotFoundError as error:
+        import cupy
+    except ImportError as error:
         raise RuntimeError(
-            f"arrays on a GPU are read through DLPack by CuPy, which is not installed {EXTRA}"
+            f"{what} of {name} is on a GPU; such arrays are read by CuPy, which is not installed {EXTRA}: {error}"
         ) from error
-    return module
+    return cupy
 
 
 def arrays_in(value: Any) -> list[Any]:
@@ -148,6 +181,7 @@ def through_dlpack(function: Function) -> Function:
             flat |= {of_value.format(i=i, name=name): x for i, x in enumerate(several, 1)}
         of: Any = common_adapter(who, flat)
         lent = {id(x): of.lend(x, f"{who}: {name}, an array") for name, x in flat.items()}
+        check_devices(who, {name: seen(lent[id(x)]) for name, x in flat.items()})
         others = {name: changed(value, lambda x: lent[id(x)]) for name, value in by_name.items()}
         given = [changed(x, lambda x: lent.get(id(x), x)) for x in arrays]  # too many the function judges
         result = function(*given, **options | others)

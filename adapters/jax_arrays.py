@@ -28,7 +28,7 @@ from llsa_np.backends import DEVICES
 from llsa_np.checks import ORDER, check_devices, check_is_selection, check_queries_keys, check_selection
 from llsa_np.hierarchy import hierarchy_of
 from llsa_np.options import as_tuple, check_flag, check_layout, check_needs
-from llsa_np.plans import MOST_PLANS, Plan, Recording, Replay, leaves
+from llsa_np.plans import MOST_PLANS, Plan, Recording, leaves
 from llsa_np.plans import adapter as stand_ins
 from llsa_np.selection import Selection
 
@@ -124,21 +124,15 @@ class Call(NamedTuple):
 
     def __call__(self, context: Any, out: list[Any], *given: Any) -> None:
         """given, out: XLA's buffers, of the plan's arrays, results and workspace."""
-        if plan_of(self).recording.backend.name == "numpy":
-            for result, to in zip(self.operation.of([np.asarray(x) for x in given]), out):
-                np.asarray(to)[...] = result
+        on_host = self.device == "cpu"
+        if on_host and plan_of(self).on_host:
+            plan_of(self).compute([np.asarray(x) for x in (*given, *out)])
             return
-        on_host = self.device == "cpu"  # where kernels run on the CPU, as the suite has them
-        pointers = [pointer(x, on_host) for x in (*given, *out)]
+        pointers = [pointer(x, on_host) for x in (*given, *out)]  # on the host: kernels of the suite
         stream = 0 if on_host else context.stream
         device = self.device if on_host else f"cuda:{given[0].__dlpack_device__()[1]}"
         lows = tuple([address % PIECE for address in pointers[: len(given)]])
-        plan = plan_of(self._replace(device=device, lows=lows))
-        if plan.recording.has_launches:
-            plan.enqueue(pointers, stream)
-        else:
-            replay = Replay(plan, pointers, stream)
-            self.operation.of([stand_in(replay, *of, device, 0) for of in self.arrays])
+        plan_of(self._replace(device=device, lows=lows)).enqueue(pointers, stream)
 
 
 def pointer(buffer: Any, on_host: bool) -> int:
@@ -147,7 +141,7 @@ def pointer(buffer: Any, on_host: bool) -> int:
     return 0 if 0 in of["shape"] else of["data"][0]
 
 
-def stand_in(recording: Any, shape: tuple[int, ...], dtype: np.dtype[Any], device: str, low: int) -> Any:
+def stand_in(recording: Recording, shape: tuple[int, ...], dtype: np.dtype[Any], device: str, low: int) -> Any:
     """For an array of XLA's, which are dense."""
     strides = [dtype.itemsize]
     for size in reversed(shape[1:]):

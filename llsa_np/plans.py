@@ -1,9 +1,9 @@
-"""Calls on a GPU, worked out once: the checks, the results, the workspace and the launches.
+"""Calls worked out once: the checks, the results, the workspace, and what is launched or computed.
 
 All of these follow from shapes, strides, dtypes, devices, alignment and options, never from what is in the arrays. So a
-call is gone through with stand-ins, which have all that but no memory, and what is launched is recorded, not run. A
-call like it only fills in where its arrays begin. A framework that hands out memory before it calls, as JAX does,
-learns from the same stand-ins how much, of a backend that cannot record too.
+call is gone through with stand-ins, which have all that but no memory: launches are recorded, and of a backend that
+cannot record them the operations that it was asked for. A call like it only fills in its arrays, or where they begin. A
+framework that hands out memory before it calls, as JAX does, learns from the same stand-ins how much.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from functools import wraps
 from inspect import Parameter, signature
 from itertools import count
 from math import prod
+from operator import itemgetter
 from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llsa_np.adapters import PIECE, Adapter, DeviceMemory, View, adapter_of_type
-from llsa_np.backends import RECORDS, Backend, recorded_devices
+from llsa_np.backends import RECORDS, Backend, Room, recorded_devices
 from llsa_np.copies import ARRAYS
 from llsa_np.selection import Selection
 
@@ -47,12 +49,14 @@ CLOCK = count()
 class StandIn(DeviceMemory):
     """An array without memory. `ptr` stands for where it will begin, and has its alignment; 0 if it has no elements."""
 
-    __slots__ = ("device", "dtype", "ptr", "recording", "shape", "strides")
+    __slots__ = ("device", "dtype", "heads_first", "ptr", "recording", "shape", "strides")
     recording: Any
-    """Where it was made: a Recording, or the Replay of one, in which it has memory."""
+    """Where it was made."""
 
-    def __init__(self, *values: Any) -> None:
+    def __init__(self, *values: Any, heads_first: bool = False) -> None:
+        """heads_first: whether it is one of layout "bnhd" as backends see it, with its axes 1 and 2 exchanged."""
         self.recording, self.ptr, self.shape, self.strides, self.dtype, self.device = values
+        self.heads_first = heads_first
 
     @property
     def size(self) -> int:
@@ -67,16 +71,14 @@ class Place(NamedTuple):
     offset: int
 
 
-class Idle:
-    """A backend that runs what it is asked for at once, and so is asked for its workspace alone."""
+class Notes:
+    """A backend that runs what it is asked for at once: here it only writes that down."""
 
-    def __init__(self, of: Backend) -> None:
-        self.name, self.spaces = of.name, of.spaces
+    def __init__(self, of: Backend, operations: list[tuple[str, tuple[Any, ...]]]) -> None:
+        self.name, self.spaces, self.operations = of.name, of.spaces, operations
 
-    def pool(self, *_: Any) -> None:
-        """Nothing."""
-
-    select = attend = attend_backward = pool
+    def __getattr__(self, operation: str) -> Callable[..., None]:
+        return lambda *arguments: self.operations.append((operation, arguments))
 
 
 class Recording:
@@ -86,6 +88,8 @@ class Recording:
         self.given: list[StandIn] = []
         self.made: list[StandIn] = []
         self.launches: list[Any] = []
+        self.operations: list[tuple[str, tuple[Any, ...]]] = []
+        """What was asked of a backend that does not record its launches: which operation, with what."""
         self.shared: dict[Any, Any] = {}
         """What a backend notes of launches that do the work of several operations."""
         self.backend: Any = None
@@ -109,34 +113,17 @@ class Recording:
     def of(self, backend: Any) -> Any:
         """The backend that serves the call, such that nothing runs."""
         self.backend = backend
-        return backend if self.has_launches else Idle(backend)
+        return backend if self.has_launches else Notes(backend, self.operations)
 
     @property
     def has_launches(self) -> bool:
-        """Whether what the backend launches is recorded, not only what it makes."""
+        """Whether what the backend launches is recorded, not only what it is asked for."""
         return self.backend is None or self.backend.name in RECORDS
 
     @property
     def stream(self) -> Recording:
         """Itself."""
         return self
-
-
-class Replay:
-    """A call gone through once more, by a backend that cannot record, with memory for all that its recording made."""
-
-    def __init__(self, plan: Plan, pointers: Sequence[int], stream: int) -> None:
-        """pointers: where the call's arrays begin, as for the plan's launches."""
-        self.stream, self.pointers, self.places = stream, pointers, plan.places
-        self.given: list[StandIn] = []
-        self.made: list[StandIn] = []
-        self.recorded = iter([*plan.recording.given, *plan.recording.made])
-
-    def stand_in(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, device: str, low: int) -> StandIn:
-        """The next one, where the plan has it."""
-        place = self.places.get(next(self.recorded).ptr)
-        ptr = self.pointers[place.array] + place.offset if place and prod(shape) else 0
-        return StandIn(self, ptr, shape, strides, dtype, device)
 
 
 class StandInAdapter:
@@ -151,7 +138,7 @@ class StandInAdapter:
         seen = array
         if layout == "bnhd" and len(array.shape) == 4:
             shape, strides = ((x[0], x[2], x[1], x[3]) for x in (array.shape, array.strides))
-            seen = StandIn(array.recording, array.ptr, shape, strides, array.dtype, array.device)
+            seen = StandIn(array.recording, array.ptr, shape, strides, array.dtype, array.device, heads_first=True)
         return View(array.shape, array.dtype.name, array.device, seen)
 
     def empty(self, shape: tuple[int, ...], dtype: Any, like: View, layout: str = "bhnd") -> tuple[StandIn, View]:
@@ -175,10 +162,13 @@ adapter = StandInAdapter()
 
 
 class Plan:
-    """What calls alike do: make results and a workspace, launch, return."""
+    """What calls alike do: make results and a workspace, launch or compute, return."""
 
     def __init__(self, of: Adapter, recording: Recording, results: Any, like: View) -> None:
         self.adapter, self.recording, self.results, self.like = of, recording, results, like._replace(array=None)
+        self.operations = recording.operations
+        self.on_host = like.device == "cpu" and not recording.has_launches
+        """Whether it is computed on whole arrays, each with memory of its own."""
         self.launches: Any = None
         self.used = next(CLOCK)
         kept, given = leaves(results), len(recording.given)
@@ -187,27 +177,97 @@ class Plan:
         rooms: list[int] = []
         for x in recording.made:
             if x.ptr and x.ptr not in self.places:
+                if self.on_host:
+                    self.places[x.ptr] = Place(given + len(self.makers), 0)
+                    self.makers.append(of.maker(x.shape, x.dtype, self.like))
+                    continue
                 if not rooms or not ONE_ROOM:
                     rooms.append(0)
                 self.places[x.ptr] = Place(given + len(kept) + len(rooms) - 1, rooms[-1])
                 rooms[-1] += -(-x.size * x.dtype.itemsize // ALIGNMENT) * ALIGNMENT
         self.makers += [of.maker((size,), np.dtype(np.uint8), self.like) for size in rooms]
+        self.exchanged: list[int] = []
+        """On the host: arrays that the backend sees with axes 1 and 2 exchanged."""
+        if self.on_host:
+            self.launches = [(name, *self.numbered(of)) for name, of in self.operations]
 
     def run(self, arrays: Sequence[Any]) -> Any:
         """The results of a call with these arrays, enqueued on the caller's stream."""
         self.used = next(CLOCK)
         made = [make() for make in self.makers]
-        if self.recording.launches:
+        if self.on_host:
+            self.compute([*arrays, *made])
+        elif self.recording.launches:
             pointer = self.adapter.pointer
             self.enqueue([pointer(x) for x in (*arrays, *made)], self.adapter.stream(self.like))
         return made[0] if isinstance(self.results, StandIn) else filled(self.results, iter(made))
 
-    def enqueue(self, pointers: list[int], stream: int) -> None:
-        """The launches. pointers: where the call's arrays, results and workspace begin."""
+    def compute(self, arrays: Sequence[NDArray[Any]]) -> None:
+        """The operations on the host. arrays: the call's arrays, results and workspace."""
+        every = [*arrays, *[arrays[i].swapaxes(1, 2) for i in reversed(self.exchanged)]]
+        for operation, arguments, single, several in self.launches:
+            given = arguments.copy()
+            for i, number in single:
+                given[i] = every[number]
+            for i, make, of in several:
+                given[i] = make(of(every))
+            getattr(self.recording.backend, operation)(*given)
+
+    def numbered(self, arguments: Any) -> tuple[list[Any], list[Any], list[Any]]:
+        """The arguments of an operation; which of them are an array, and its number among all; and which are several,
+        and what finds them. To look for them at every call took 50 us more of a host."""
+        single = [(i, self.number(x)) for i, x in enumerate(arguments) if isinstance(x, StandIn)]
+        several = [
+            (i, x._with_arrays if isinstance(x, Selection) else list, finder([self.number(y) for y in x]))
+            for i, x in enumerate(arguments)
+            if isinstance(x, (list, Selection))
+        ]
+        return list(arguments), single, several
+
+    def number(self, x: StandIn) -> int:
+        """Of what it stands for: from the first among the call's arrays, or from the last among those exchanged."""
+        if x.ptr == 0:
+            self.makers.append(self.adapter.maker(x.shape, x.dtype, self.like))
+            return len(self.recording.given) + len(self.makers) - 1
+        number = self.places[x.ptr].array
+        if not x.heads_first:
+            return number
+        if number not in self.exchanged:
+            self.exchanged.append(number)
+        return -1 - self.exchanged.index(number)
+
+    def enqueue(self, pointers: Sequence[int], stream: int) -> None:
+        """The launches, or the operations. pointers: where the call's arrays, results and workspace begin."""
+        recording = self.recording
+        if not recording.has_launches:
+            for operation, arguments in self.operations:
+                placed = [self.placed(x, pointers, stream) for x in arguments]
+                getattr(recording.backend, operation)(*placed)
+            return
         if self.launches is None:  # and not compiled before there is room for what it fills
-            recording = self.recording
             self.launches = recording.backend.prepared(recording.launches, self.places, self.like.device)
         self.launches(pointers, stream)
+
+    def placed(self, value: Any, pointers: Sequence[int], stream: int) -> Any:
+        """An operation's argument, with memory."""
+        if isinstance(value, StandIn):
+            place = self.places[value.ptr]
+            ptr = pointers[place.array] + place.offset if value.ptr else 0
+            return StandIn(None, ptr, value.shape, value.strides, value.dtype, value.device)
+        if isinstance(value, Room):
+            return value._replace(arrays=self.placed(value.arrays, pointers, stream), stream=stream)
+        if isinstance(value, list):
+            return [self.placed(x, pointers, stream) for x in value]
+        if isinstance(value, Selection):
+            return value._with_arrays(self.placed(x, pointers, stream) for x in value)
+        return value
+
+
+def finder(numbers: list[int]) -> Callable[[list[Any]], Sequence[Any]]:
+    """What finds the entries of these numbers."""
+    if len(numbers) > 1:
+        return itemgetter(*numbers)
+    return lambda every: [every[number] for number in numbers]
 
 
 def leaves(results: Any) -> list[StandIn]:
@@ -239,8 +299,8 @@ _keeping = Lock()
 
 
 def planned(function: Function, who: str | None = None) -> Function:
-    """The function, which for arrays on a device whose backend records goes by a plan; and whose errors for want of
-    memory, of whichever framework, say what would take less."""
+    """The function, which for NumPy's arrays, and for those on a device whose backend records, goes by a plan; and
+    whose errors for want of memory, of whichever framework, say what would take less."""
     parameters = signature(function).parameters
     names = [name for name in parameters if name in ARRAYS]
     needed = [name for name in names if parameters[name].default is Parameter.empty]
@@ -249,7 +309,8 @@ def planned(function: Function, who: str | None = None) -> Function:
     @wraps(function)
     def call(*arrays: Any, **options: Any) -> Any:
         try:
-            if not recorded_devices() or len(arrays) > len(positional):
+            on_host = len(arrays) > 0 and isinstance(arrays[0], np.ndarray)
+            if not (on_host or recorded_devices()) or len(arrays) > len(positional):
                 return function(*arrays, **options)
             given, others = arrays, options
             if len(arrays) < len(names):
@@ -269,7 +330,7 @@ def planned(function: Function, who: str | None = None) -> Function:
                 options = {name: tuple(x) if is_used_up(x) else x for name, x in options.items()}
                 others = {name: options[name] for name in others}
                 plan = None
-                if all(may_be_recorded(of, x) for x in flat):
+                if takes_selection(names, given) and all(may_be_recorded(of, x) for x in flat):
                     plan = record(function, of, dict(zip(names, given)), others)
                     if key is not None:
                         keep(key, plan)
@@ -318,10 +379,17 @@ def alike(given: tuple[Any, ...], needed: int) -> tuple[Adapter, list[Any], Sequ
     return of, keys, flat
 
 
+def takes_selection(names: list[str], given: Sequence[Any]) -> bool:
+    """Whether the argument that is to be a Selection is one; the function says so of another."""
+    return all(isinstance(x, Selection) for name, x in zip(names, given) if name == "selection")
+
+
 def may_be_recorded(of: Adapter, x: Any) -> bool:
-    """Whether an array is one with numbers that kernels can read, on a device whose arrays a backend records for."""
+    """Whether an array is NumPy's, or one with numbers that kernels can read on a device whose backend records."""
     if not of.owns(x):
         return False
+    if isinstance(x, np.ndarray):
+        return True
     view = of.view(x)
     is_there = view.device.partition(":")[0] in recorded_devices()
     return is_there and isinstance(getattr(view.array, "dtype", None), np.dtype)
@@ -350,7 +418,8 @@ def record(function: Callable[..., Any], of: Adapter, given: dict[str, Any], opt
     recording = Recording()
     stand_ins = {name: recording.argument(x, of) for name, x in given.items()}
     results = function(**stand_ins, **options)
-    return Plan(of, recording, results, of.view(next(iter(given.values())))) if recording.has_launches else None
+    like = of.view(next(iter(given.values())))
+    return Plan(of, recording, results, like) if recording.has_launches or like.device == "cpu" else None
 
 
 def keep(key: Any, plan: Plan | None) -> None:

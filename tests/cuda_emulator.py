@@ -13,6 +13,9 @@ from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
+from llsa_np.adapters import PIECE
+from llsa_np.adapters.numpy_arrays import NumpyAdapter
+
 HERE = Path(__file__).parent / "emulator"
 KERNELS = Path(__file__).parent.parent / "gpu" / "cupy_raw"
 # Hidden, or the loader would take one library's shared memory for that of another specialisation, which may be larger
@@ -90,3 +93,11 @@ def install():
     importlib.import_module("llsa_np.copies").ON_A_DEVICE = ("numba_cuda",)
     program = importlib.import_module("llsa_np.gpu.cupy_raw.program")
     program.starter, program.OnDevice = starter, lambda _: nullcontext()
+    NumpyAdapter.key = key
+
+
+def key(adapter, array):
+    """As for arrays on a GPU: of NumPy's else, strides and alignment tell no calls apart."""
+    if not adapter.owns(array):
+        return None
+    return array.dtype, array.shape, array.strides, adapter.pointer(array) % PIECE

@@ -33,6 +33,7 @@ SUITE = (
     "test_merge",
     "test_threads",
     "test_pytorch_cuda",
+    "test_dlpack_cuda",
 )
 TOOLS = ("memcheck", "racecheck", "initcheck")
 

@@ -1,15 +1,20 @@
 """Frameworks that nothing names: their arrays go through DLPack, and come back as their own."""
 
+import gc
 import importlib.util
+import sys
+import types
 
 import numpy as np
 import pytest
 from calls import assert_same_bits
+from dlpack_producer import Array, lent
 from hypothesis import given, settings
 from strategies import EMULATED, SIMULATED, cases
 
 import llsa_np as llsa
-from llsa_np.adapters import adapter_of_type
+from llsa_np.adapters import ADAPTERS, adapter_of_type
+from llsa_np.wrapping import WRAPPERS
 
 if SIMULATED or EMULATED:
     pytest.skip("arrays go through DLPack without a simulator", allow_module_level=True)
@@ -152,17 +157,57 @@ class NoWayBack:
 
 
 def test_what_no_backend_serves_says_so():
-    with pytest.raises(TypeError, match="oneAPI, which no backend serves"):
+    with pytest.raises(ValueError, match="oneAPI, which no backend serves"):
         llsa.pool(Elsewhere())
     with pytest.raises(TypeError, match="has no from_dlpack"):
         llsa.pool(NoWayBack(np.ones((1, 1, 4, 2), np.float32)))
 
 
-def test_read_only_and_strided_memory():
-    """Of a producer that exports them."""
+def strided(x):
+    """The same memory seen with gaps, backwards, with axes exchanged and from its middle."""
+    return (x, x[:, :, ::2], x[:, :, ::-1], x[..., ::-2], x.swapaxes(1, 2)[:, :30], x[:, :, 3:40, 4:12])
+
+
+def test_read_only_memory():
+    """Of a producer that exports it."""
     xp = pytest.importorskip("array_api_strict", reason="array_api_strict is not installed")
-    x = np.random.default_rng(0).standard_normal((1, 2, 60, 16)).astype(np.float32)
-    for seen in (x[:, :, ::2], x[..., ::-1], x.swapaxes(1, 2)[:, :30], x[:, :, 3:40, 4:12]):
+    for seen in strided(np.random.default_rng(0).standard_normal((1, 2, 60, 16)).astype(np.float32)):
         seen.flags.writeable = False
         (level,) = llsa.pool(xp.from_dlpack(seen), block_size=4)
         assert_same([level], llsa.pool(seen, block_size=4), xp.asarray([1.0]))
+
+
+def test_strides_and_byte_offset():
+    """Negative strides, none, and a start that is not where the pointer points; all is given back at the end."""
+    x = np.random.default_rng(0).standard_normal((1, 2, 60, 16)).astype(np.float32)
+    for seen in strided(x):
+        q = Array(seen)
+        assert_same([llsa.attention(q, q, q, block_size=4)], [llsa.attention(seen, seen, seen, block_size=4)], q)
+    assert_same(llsa.pool(Array(x, has_strides=False)), llsa.pool(x), q)
+    del q
+    gc.collect()
+    assert not lent
+
+
+def test_a_gpu_without_cupy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    x = np.ones((1, 1, 4, 2), np.float32)
+    with pytest.raises(RuntimeError, match=r"pool: x, an array of dlpack_producer is on a GPU.*CuPy, which is not ins"):
+        llsa.pool(Array(x, device=(2, 0)))
+
+
+@pytest.mark.parametrize("package", ["torch", "cupy", "jax", "numba"])
+def test_a_framework_that_is_half_installed(package, monkeypatch):
+    """It made an array, and lacks what its adapter imports."""
+    monkeypatch.delitem(sys.modules, ADAPTERS[package], raising=False)
+    monkeypatch.delattr(llsa.adapters, ADAPTERS[package].rpartition(".")[2], raising=False)
+    monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    kind = type("Half", (), {"__module__": f"{package}.arrays"})
+    with pytest.raises(ImportError, match=f"arrays of {package} cannot be read, as {package} is installed in part"):
+        llsa.pool(kind())
+    whole = type("Array", (), {"__module__": f"{package}.arrays"})
+    monkeypatch.setattr(sys.modules[package], WRAPPERS.get(package, ("other",))[0], whole, raising=False)
+    with pytest.raises(ImportError, match=f"arrays of {package} cannot be read"):
+        llsa.pool(whole())
+    x = np.ones((1, 1, 4, 2), np.float32)
+    assert type(llsa.pool(x)[0]) is np.ndarray

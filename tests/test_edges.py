@@ -2,6 +2,7 @@
 
 import os
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from strategies import DTYPES, EMULATED, SIMULATED, Case, cases, examples
 
 import llsa_np as llsa
+from llsa_np import plans
 from llsa_np.accuracy import LSE_BOUND, OUT_BOUND, error, lse_error
 
 
@@ -408,6 +410,28 @@ def test_memory(dtype, shape, options, monkeypatch):
     _, used = peak(lambda: llsa.attend_backward(dout, q, k, v, out, lse, selection))
     accumulators = 2 * (4 * q.size + max(pooled) * 4 // q.itemsize)  # of dk and dv, on every level
     assert used <= 3 * q.nbytes + pooled[1] + pooled[2] + accumulators + spare
+
+
+def test_calls_alike_on_the_host(monkeypatch):
+    """Go by one plan, whatever their strides and class; other layouts and options by others; each with its own bits."""
+    monkeypatch.setattr(plans, "plans", {})
+    x = np.random.default_rng(0).standard_normal((2, 12, 24, 8)).astype(np.float32)
+    seen = [x[:, :, ::2], x[:, :, 12:], x[:, :, :12], x[:, ::-1, ::-2], np.asfortranarray(x[:, :, 3:15])]
+    of_options = [{}, {"layout": "bnhd"}, {"topk": 1}, {"return_lse": True}]
+
+    def call(x, options):
+        result = llsa.attention(x, x, x, **{"block_size": 4, "levels": 2, "topk": 2} | options)
+        return [y.tobytes() for y in (result if isinstance(result, tuple) else (result,))]
+
+    found = [[call(y, options) for options in of_options] for y in seen]
+    assert len(plans.plans) == len(of_options)
+    for y, of in zip(seen, found):
+        for options, bits in zip(of_options, of):
+            plans.plans.clear()
+            assert call(np.ascontiguousarray(y), options) == bits
+    with ThreadPoolExecutor(4) as threads:
+        again = list(threads.map(lambda y: call(y, {}), seen * 5))
+    assert again == [of[0] for of in found] * 5
 
 
 def shallow(options, x):

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 import llsa_np as llsa
 from llsa_np.accuracy import compare, exact
 from llsa_np.backends import NAMES, check_backend
+from llsa_np.cli import overhead
 from llsa_np.cli.dense import FEW, caution, median_seconds, time_dense
 from llsa_np.cli.words import count
 from llsa_np.options import check_attend_options, check_integer
@@ -96,7 +97,16 @@ def run(args: argparse.Namespace) -> int:
     console.print(table)
     queries = count(args.dense_queries, "query", "queries")
     console.print(f"Dense attention is timed on {queries} over all keys, and scaled.")
-    args.out.write_text(json.dumps({"machine": machine(), "speed": rows}, indent=1) + "\n")
+    figures: dict[str, Any] = {"machine": machine(), "speed": rows}
+    if "numpy" in backends:
+        figures["overhead"] = overhead.rows()
+        for row in figures["overhead"]:
+            added = row["public_us"] - row["operations_us"]
+            console.print(
+                f"At {row['tokens']} tokens the public call adds {added:.0f} us to the reference's "
+                f"{row['operations_us']:.0f} us."
+            )
+    args.out.write_text(json.dumps(figures, indent=1) + "\n")
     console.print(f"Figures: {args.out}")
     return 0
 
