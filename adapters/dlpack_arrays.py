@@ -97,7 +97,7 @@ class DLPackAdapter:
             )
         try:
             lent = cupy.from_dlpack(array)
-        except (RuntimeError, BufferError, TypeError, ValueError) as error:
+        except (BufferError, TypeError, ValueError) as error:  # CUDA's own errors are RuntimeErrors
             raise TypeError(
                 f"{what} of {self.name} ({getattr(array, 'dtype', 'dtype unknown')}) does not go through DLPack to "
                 f"CuPy: {error}"

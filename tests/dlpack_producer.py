@@ -62,7 +62,8 @@ class Array:
         if self.stream is not None:
             import cupy
 
-            cupy.cuda.runtime.streamWaitEvent(stream or LEGACY_STREAM, self.stream.record().ptr, 0)
+            done = self.stream.record()
+            cupy.cuda.runtime.streamWaitEvent(stream or LEGACY_STREAM, done.ptr, 0)
         x = self.memory
         shape = (ctypes.c_int64 * x.ndim)(*x.shape)
         strides = (ctypes.c_int64 * x.ndim)(*(stride // x.itemsize for stride in x.strides))

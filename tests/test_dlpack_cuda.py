@@ -72,9 +72,10 @@ def test_strides_and_byte_offset(backend, change):
 
 
 @pytest.mark.parametrize("current", ["default", "another"])
-def test_the_producers_stream_is_waited_for(current):
+def test_the_producers_stream_is_waited_for(backend, current):
     """It still works on the arrays while the call is made, and is asked for the stream that the kernels are on."""
-    expected = llsa.attention(*arrays(seed=1), **OPTIONS)
+    options = OPTIONS | {"backend": backend}
+    expected = llsa.attention(*arrays(seed=1), **options)
     producers, ours = cp.cuda.Stream(non_blocking=True), cp.cuda.Stream(non_blocking=True)
     given, contents = arrays(), arrays(seed=1)
     busy = cp.ones((4096, 4096), cp.float32)
@@ -87,15 +88,16 @@ def test_the_producers_stream_is_waited_for(current):
             x[...] = y
     of = [Array(x, stream=producers) for x in given]
     with ours if current == "another" else cp.cuda.Stream.null:
-        result = llsa.attention(*of, **OPTIONS)
+        result = llsa.attention(*of, **options)
         stream = cp.cuda.get_current_stream().ptr
         found = cp.asnumpy(result.memory)
     assert {x.asked[-1] for x in of} == {stream or 1}
     assert found.tobytes() == cp.asnumpy(expected).tobytes()
 
 
-def test_devices_that_disagree():
+def test_devices_that_disagree(backend):
     (q, k, v), there = arrays(), len(DEVICES)
+    assert type(llsa.attention(*map(Array, (q, k, v)), backend=backend)) is Array
     with pytest.raises(
         ValueError, match=rf"q, an array of dlpack_producer is on cuda:{there}, as .* says, and to CuPy"
     ):
@@ -111,11 +113,12 @@ def test_devices_that_disagree():
             llsa.attention(Array(q), *map(Array, arrays(1)[1:]))
 
 
-def test_another_library():
+def test_another_library(backend):
     """Whose arrays and streams are its own."""
     tvm_ffi = pytest.importorskip("tvm_ffi", reason="apache-tvm-ffi is not installed")
     given = arrays()
     of = [tvm_ffi.from_dlpack(x) for x in given]
-    out = llsa.attention(*of, **OPTIONS)
+    out = llsa.attention(*of, **OPTIONS, backend=backend)
     assert type(out) is type(of[0])
-    assert cp.asnumpy(cp.from_dlpack(out)).tobytes() == cp.asnumpy(llsa.attention(*given, **OPTIONS)).tobytes()
+    expected = llsa.attention(*given, **OPTIONS, backend=backend)
+    assert cp.asnumpy(cp.from_dlpack(out)).tobytes() == cp.asnumpy(expected).tobytes()

@@ -20,8 +20,8 @@ def blas_threads():
 
 @pytest.mark.skipif(SIMULATED or EMULATED, reason="runs one launch at a time, slowly")
 def test_calls_from_many_threads_at_once(backend, framework):
-    before = blas_threads()
     expected = run(CASE.served(), backend, framework)
+    before = blas_threads()  # of what the call loads, too
     with ThreadPoolExecutor(8) as pool:
         for results in pool.map(lambda _: run(CASE.served(), backend, framework), range(24)):
             for name in expected.arrays:
