@@ -57,7 +57,7 @@ $(VENV)/bin/python:
 $(VENV)/.explain: EXTRAS := explain$(GPU)
 $(VENV)/.bench: EXTRAS := explain,torch$(GPU)
 # The test extra brings CUDA 13's Numba, so only a machine whose driver takes it gets the GPU extra beside it.
-$(VENV)/.test: EXTRAS := test,explain,docs,torch,jax$(filter %cuda13,$(GPU))
+$(VENV)/.test: EXTRAS := test,explain,docs,examples,torch,jax$(filter %cuda13,$(GPU))
 $(VENV)/.dev: EXTRAS := dev,test,explain,docs
 $(VENV)/.explain $(VENV)/.bench $(VENV)/.test $(VENV)/.dev: pyproject.toml tests/constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[$(EXTRAS)]'

@@ -1,0 +1,201 @@
+"""The pixel diffusion transformer of the documentation: it learns, resumes, is the same over ranks, and samples."""
+
+import json
+
+import numpy as np
+import pytest
+from strategies import EMULATED, SIMULATED
+
+import llsa_np as llsa
+
+if SIMULATED or EMULATED:
+    pytest.skip("PyTorch is tested without a simulator", allow_module_level=True)
+
+import flow
+import images
+import model
+import torch
+import torch.multiprocessing as mp
+import train
+from PIL import Image
+
+SMALL = ["--side", "8", "--batch", "4", "--block-size", "4", "--topk", "2", "--samples", "4", "--device", "cpu"]
+
+
+@pytest.fixture
+def one_picture(tmp_path):
+    """A folder with the same picture to train on and held out."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    pixels = np.add.outer(np.arange(8) * 20, np.arange(8) * 10)[..., None] + np.array([0, 30, 5])
+    pixels = np.maximum(pixels, pixels[:, ::-1])  # its own mirror image
+    for i in range(2):
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return ["--images", str(folder)]
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("attention", ["llsa", "full"])
+def test_one_image_is_learnt(attention, one_picture, tmp_path):
+    out = tmp_path / "run"
+    train.main([*SMALL, *one_picture, "--attention", attention, "--steps", "100", "--every", "100", "--out", str(out)])
+    losses = [row["loss"] for row in metrics(out)]
+    assert np.mean(losses[-20:]) < np.mean(losses[:5]) / 4
+    assert metrics(out)[-1]["psnr_0.5"] > 18
+    with Image.open(out / "samples-000100.png") as grid:
+        assert min(grid.size) >= 256
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_losses(one_picture, tmp_path):
+    """Killed after a checkpoint, while the next was written and a line of metrics half so."""
+    options = [*SMALL, *one_picture, "--every", "3", "--seed", "5"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train.main([*options, "--steps", "7", "--out", str(whole)])
+    train.main([*options, "--steps", "3", "--out", str(broken)])
+    (broken / "checkpoint.part").write_bytes(b"half")
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 9}\n{"step": 5, "lo')
+    train.main([*options, "--steps", "7", "--out", str(broken)])
+    assert metrics(broken) == metrics(whole)
+    assert (broken / "samples-000007.png").read_bytes() == (whole / "samples-000007.png").read_bytes()
+    with pytest.raises(ValueError, match="is of another model"):
+        train.main([*options, "--topk", "3", "--steps", "9", "--out", str(broken)])
+
+
+def on_rank(rank, ranks, port, arguments):
+    torch.set_num_threads(1)
+    of = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in of.items():
+            patch.setenv(name, str(value))
+        train.main(arguments)
+
+
+@pytest.mark.parametrize("shared", [1, 2], ids=["data", "sequence"])
+def test_two_ranks_are_one_process(shared, one_picture, tmp_path):
+    import socket
+
+    options = [*SMALL, *one_picture, "--steps", "4", "--every", "4", "--rate", "0.01"]
+    train.main([*options, "--out", str(tmp_path / "one")])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [*options, "--sequence-ranks", str(shared), "--out", str(tmp_path / "two")]
+    mp.spawn(on_rank, (2, port, arguments), 2)
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+    pictures = [np.asarray(Image.open(tmp_path / name / "samples-000004.png"), int) for name in ("one", "two")]
+    assert abs(pictures[0] - pictures[1]).max() <= 2
+
+
+def test_growing_from_a_smaller_side(one_picture, tmp_path):
+    options = [*SMALL, *one_picture, "--steps", "2", "--every", "2"]
+    train.main([*options, "--attention", "full", "--out", str(tmp_path / "small")])
+    train.main([*options, "--side", "16", "--start", str(tmp_path / "small"), "--out", str(tmp_path / "large")])
+    before, after = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("small", "large"))
+    assert after["step"] == 2
+    assert (after["model"]["enter.weight"] - before["model"]["enter.weight"]).abs().max() < 0.01
+
+
+@pytest.mark.parametrize(("factor", "words"), [(1e3, "training diverges"), (np.nan, "loss is nan at step 2")])
+def test_a_loss_that_diverges_stops(factor, words, one_picture, tmp_path, monkeypatch):
+    factors = iter([1, *[factor] * 8])
+    plain = train.loss_of
+    monkeypatch.setattr(train, "loss_of", lambda *given: next(factors) * plain(*given))
+    with pytest.raises(FloatingPointError, match=words):
+        train.main([*SMALL, *one_picture, "--steps", "9", "--out", str(tmp_path / "run")])
+
+
+# --- the flow
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_sampling_a_distribution_whose_field_is_known(scale):
+    """Of pixels that are normal, each about its own mean: E[s eps - x_0 | x_t] is linear in x_t."""
+    mean, spread = torch.tensor([-0.5, 0.0, 0.7]), 0.3
+
+    def velocity(x, t):
+        t = t[:, None, None]
+        variance = (1 - t) ** 2 * spread**2 + t**2 * scale**2
+        surprise = (x - (1 - t) * mean) / variance
+        return t * scale**2 * surprise - (mean + (1 - t) * spread**2 * surprise)
+
+    torch.manual_seed(0)
+    noise = torch.randn(64, 256, 3)
+    found = flow.sampled(velocity, noise, scale, steps=400)
+    assert found.mean((0, 1)) == pytest.approx(mean, abs=0.02)
+    assert found.std((0, 1)) == pytest.approx([spread] * 3, abs=0.02)
+    x = mean + spread * torch.randn(64, 256, 3)
+    t = torch.full((64,), 0.4)
+    assert flow.loss_of(velocity, x, noise, t, scale) < flow.loss_of(
+        lambda x, t: 0.9 * velocity(x, t), x, noise, t, scale
+    )
+
+
+def test_noise_and_what_takes_it_away():
+    x, noise, t = torch.randn(2, 16, 3), torch.randn(2, 16, 3), torch.tensor([0.25, 0.75])
+    assert [flow.noise_scale(side) for side in (32, 64, 128, 256)] == [1, 1, 2, 4]
+    true = 2 * noise - x
+    torch.testing.assert_close(flow.denoised(lambda *_: true, x, noise, t, 2.0), x)
+    assert flow.loss_of(lambda *_: true, x, noise, t, 2.0) == 0
+
+
+# --- the model
+
+
+@pytest.mark.parametrize("reorder", [True, False])
+def test_tokens_and_pixels(reorder):
+    config = model.Config(hidden=32, heads=2, reorder=reorder)
+    grid = model.Grid(8, config, torch.device("cpu"))
+    pictures = torch.randn(2, 3, 8, 8)
+    assert torch.equal(grid.images(grid.tokens(pictures)), pictures)
+    order = llsa.zorder(8, 8)[0] if reorder else np.arange(64)
+    assert torch.equal(grid.tokens(pictures)[0, 5], pictures[0, :, order[5] // 8, order[5] % 8])
+
+
+def test_rotation_tells_where_tokens_are_to_each_other():
+    grid = model.Grid(8, model.Config(hidden=32, heads=2, reorder=False), torch.device("cpu"))
+    q, k = (torch.randn(1, 1, 2, 16).expand(1, 64, 2, 16) for _ in range(2))
+    products = torch.einsum("bihd,bjhd->hij", *(model.rotated(x, grid.rotation) for x in (q, k)))[0]
+    products = products.unflatten(1, (8, 8)).unflatten(0, (8, 8))  # rows and columns of q, and of k
+    torch.testing.assert_close(products[0, 0, 2, 3], products[4, 2, 6, 5])
+    assert abs(products[0, 0, 2, 3] - products[0, 0, 3, 2]) > 1e-3
+
+
+def test_attention_that_keeps_everything_is_full():
+    q, k, v = (torch.randn(2, 64, 2, 16) for _ in range(3))
+    full = model.attention_of(model.Config(attention="full"), None)(q, k, v)
+    everything = model.Config(block_size=4, levels=1, topk=16, enrich=False)
+    torch.testing.assert_close(model.attention_of(everything, None)(q, k, v), full)
+    assert (model.attention_of(model.Config(block_size=4, levels=1, topk=1), None)(q, k, v) - full).abs().max() > 0.01
+
+
+def test_ablations_reach_the_attention(monkeypatch):
+    seen = []
+    monkeypatch.setattr(llsa, "attention", lambda *_, **options: seen.append(options))
+    config = model.Config(block_size=4, levels=2, topk=3, enrich=False, reweight=False)
+    model.attention_of(config, None)(None, None, None)
+    options = {"block_size": 4, "levels": 2, "topk": 3, "enrich": (), "reweight": False, "layout": "bnhd"}
+    assert seen == [options]
+
+
+# --- the pictures
+
+
+def test_what_is_held_out_is_never_trained_on(tmp_path):
+    for i in range(20):
+        Image.new("RGBA", (9, 8), (10 * i, 0, 0, 255)).save(tmp_path / f"{i:02}.png")
+    kept, held = images.folder(tmp_path, 8)
+    reds = [{x.getpixel((4, 4))[0] for x in pictures.sources} for pictures in (kept, held)]
+    assert reds == [{10 * i for i in range(20) if i % 10}, {0, 100}]
+    with pytest.raises(ValueError, match="has 0 pictures"):
+        images.folder(tmp_path / "none", 8)
+    kept, held = images.photographs(16)
+    for left, right in zip(kept.sources, held.sources):
+        assert right.width / (left.width + right.width) == pytest.approx(images.HELD_OUT, abs=0.01)
+    drawn = kept.draw(np.random.default_rng(0))
+    assert drawn.shape == (3, 16, 16)
+    assert -1 <= drawn.min() < drawn.max() <= 1
