@@ -157,6 +157,6 @@ def common_adapter(who: str, arrays: Mapping[str, Any]) -> Adapter:
         if adapter is not first:
             raise TypeError(
                 f"{who}: {first_name} is an array of {first.name} and {name} one of {adapter.name}; "
-                "all arrays of one call come from the same framework"
+                "all arrays of one call come from the same framework. Convert one of them"
             )
     return first

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -24,11 +24,11 @@ from llsa_np.selection import Selection
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-HOST, CUDA = (1, 3), (2, 13)
+HOST, CUDA = (1, 3, 11), (2, 13)
 """DLPack's numbers for memory that the host reads, and that NVIDIA's GPUs do."""
 ON_ONE_GPU = 2
 """CUDA's number for memory that is one device's own."""
-OTHERS = {4: "OpenCL", 7: "Vulkan", 8: "Metal", 10: "ROCm", 11: "ROCm", 14: "oneAPI", 15: "WebGPU", 16: "Hexagon"}
+OTHER_DEVICES = {4: "OpenCL", 7: "Vulkan", 8: "Metal", 10: "ROCm", 14: "oneAPI", 15: "WebGPU", 16: "Hexagon"}
 
 
 class DLPackAdapter:
@@ -66,32 +66,45 @@ class DLPackAdapter:
         host: NDArray[Any] = adapter_of_type(type(lent)).to_numpy(lent)  # type: ignore[union-attr]
         return host
 
-    def lend(self, array: Any, what: str = "an array") -> Any:
+    def lend(self, array: Any, what: str = "llsa_np: an array") -> Any:
         """The array as NumPy's or CuPy's, in the same memory. what: its name in errors."""
-        kind, number = array.__dlpack_device__()
+        kind, number = place_of(array, what)
         if kind in CUDA:
             return self.lend_on_gpu(array, number, what)
         if kind not in HOST:
             raise ValueError(
-                f"{what} of {self.name} is on a device of {OTHERS.get(int(kind), f'kind {int(kind)}')}, which no "
-                "backend serves; there are backends for the host and for NVIDIA's GPUs. Copy it to the host first"
+                f"{what} of {self.name} is on a device of {OTHER_DEVICES.get(kind, f'kind {kind}')}, which no backend "
+                "serves; there are backends for the host and for NVIDIA's GPUs. Copy it to the host first"
             )
         try:
             return np.from_dlpack(array)
         except (RuntimeError, BufferError, TypeError, ValueError) as error:
+            dtype = str(getattr(array, "dtype", "dtype unknown"))
+            way_out = "Copy it first, e.g. with numpy.asarray"
+            if "bfloat16" in dtype:
+                way_out = "NumPy reads no bfloat16 through DLPack; convert it to float32 or float16"
             raise TypeError(
-                f"{what} of {self.name} ({getattr(array, 'dtype', 'dtype unknown')}) does not go through DLPack to "
-                f"NumPy: {error}. On the host DLPack carries no bfloat16; convert it to float32 or float16"
+                f"{what} of {self.name} ({dtype}) does not go through DLPack to NumPy: {error}. {way_out}"
             ) from error
 
     def lend_on_gpu(self, array: Any, number: int, what: str) -> Any:
         """The array as CuPy's, whose current stream on that device waits for what the framework does to it."""
-        cupy = cupy_for(what, self.name)
+        where = f"{what} of {self.name} is on cuda:{number}"
+        try:
+            import cupy
+        except ImportError as error:
+            raise ValueError(
+                f"{where}; such arrays are read by CuPy, which is not installed {EXTRA}: {error}. Or copy it to the "
+                "host"
+            ) from error
         cuda = cupy.cuda
-        there = cuda.runtime.getDeviceCount()
+        try:
+            there = cuda.runtime.getDeviceCount()
+        except cuda.runtime.CUDARuntimeError as error:
+            raise ValueError(f"{where}, and CuPy, which reads such arrays, finds none: {error}") from error
         if not 0 <= number < there:
             raise ValueError(
-                f"{what} of {self.name} is on cuda:{number}, as {self.name} says, and to CuPy there "
+                f"{where}, as {self.name} says, and to CuPy there "
                 f"{'is 1 device' if there == 1 else f'are {there} devices'}. Set CUDA_VISIBLE_DEVICES before both are "
                 "imported"
             )
@@ -105,18 +118,47 @@ class DLPackAdapter:
         of = cuda.runtime.pointerGetAttributes(lent.data.ptr) if lent.size else None
         if of is not None and of.type == ON_ONE_GPU and of.device != number:
             raise ValueError(
-                f"{what} of {self.name} is on cuda:{number}, as {self.name} says, and its memory on cuda:{of.device}, "
+                f"{where}, as {self.name} says, and its memory on cuda:{of.device}, "
                 "as CUDA does. Set CUDA_VISIBLE_DEVICES before both are imported"
             )
         return lent
 
-    def give_back(self, result: Any, like: Any) -> Any:
-        """A result of NumPy's or CuPy's as an array of the framework."""
-        has_namespace = hasattr(like, "__array_namespace__")
-        namespace = like.__array_namespace__() if has_namespace else sys.modules[self.name]
-        if not hasattr(namespace, "from_dlpack"):
-            raise TypeError(f"{self.name} has no from_dlpack, by which results would come back as its arrays")
-        return namespace.from_dlpack(result)
+    def way_back(self, like: Any, what: str) -> Callable[[Any], Any]:
+        """The function by which results become the framework's arrays: its namespace's, or its top module's."""
+        namespaces = [sys.modules.get(self.name)]
+        if hasattr(like, "__array_namespace__"):
+            namespaces.insert(0, like.__array_namespace__())
+        for from_dlpack in (getattr(namespace, "from_dlpack", None) for namespace in namespaces):
+            if from_dlpack is not None:
+                return partial(self.give_back, from_dlpack, what)
+        raise TypeError(
+            f"{what} of {self.name}, which has no from_dlpack, by which results would come back. Convert all arrays "
+            "first, e.g. with numpy.asarray"
+        )
+
+    def give_back(self, from_dlpack: Callable[[Any], Any], what: str, result: Any) -> Any:
+        """A result of NumPy's or CuPy's as an array of the framework, in the same element type."""
+        array = from_dlpack(result)
+        dtype = str(getattr(array, "dtype", result.dtype.name))
+        if result.dtype.name not in dtype:
+            raise TypeError(
+                f"{what} of {self.name}, whose from_dlpack makes {dtype} of a result's {result.dtype.name}; convert "
+                "all arrays to a type that it keeps, such as float32"
+            )
+        return array
+
+
+def place_of(array: Any, what: str) -> tuple[int, int]:
+    """DLPack's numbers of the kind of device that an array is on, and of the device."""
+    place = array.__dlpack_device__()
+    try:
+        kind, number = place
+        return int(getattr(kind, "value", kind)), int(number or 0)  # some have an Enum, and no number on the host
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{what} of {type(array).__module__} has __dlpack_device__ {place!r}; DLPack's are two integers, a kind of "
+            "device and which one"
+        ) from error
 
 
 def seen(lent: Any, layout: str = "bhnd") -> View:
@@ -131,35 +173,33 @@ def adapter_of_package(package: str) -> DLPackAdapter:
     return DLPackAdapter(package)
 
 
-def cupy_for(what: str, name: str) -> Any:
-    """CuPy, as which arrays on a GPU are read."""
-    try:
-        import cupy
-    except ImportError as error:
-        raise RuntimeError(
-            f"{what} of {name} is on a GPU; such arrays are read by CuPy, which is not installed {EXTRA}: {error}"
-        ) from error
-    return cupy
+def parts_of(name: str, value: Any) -> dict[str, Any]:
+    """The arrays in an argument, by name: itself, a Selection's, those of a pair of `merge`; none in something else."""
+    several = {} if name.startswith("pair ") else {name: value}
+    if isinstance(value, Selection):
+        several = {f"level {i} of {name}": x for i, x in enumerate(value, 1)}
+    elif is_pair(name, value):
+        several = {f"{part} of {name}": x for part, x in zip(("out", "lse"), value)}
+    return {part: x for part, x in several.items() if adapter_of_type(type(x)) is not None}
 
 
-def arrays_in(value: Any) -> list[Any]:
-    """The arrays in an argument: itself, a Selection's, a pair's of `merge`."""
-    if isinstance(value, (Selection, tuple, list)):
-        return [x for part in value for x in arrays_in(part)]
-    return [] if value is None else [value]
+def is_pair(name: str, value: Any) -> bool:
+    """Whether this is a pair (out, lse) of `merge`."""
+    return name.startswith("pair ") and isinstance(value, (tuple, list)) and len(value) == 2
 
 
 def changed(value: Any, change: Callable[[Any], Any]) -> Any:
-    """An argument or a result with other arrays in it."""
+    """A result with other arrays in it."""
     if isinstance(value, Selection):
         return value._with_arrays(change(x) for x in value)
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, tuple):
         return tuple(changed(x, change) for x in value)
     return None if value is None else change(value)
 
 
-def through_dlpack(function: Function) -> Function:
-    """The function, which takes such arrays too, and gives their kind back. What is mixed it judges itself."""
+def through_dlpack(function: Function, gives_arrays: bool = True) -> Function:
+    """The function, which takes such arrays too, and gives their kind back if it gives arrays that are not on the host
+    for all. Arguments that are no arrays, too many, or of several frameworks are left to its own checks."""
     who, names = function.__name__, list(signature(function).parameters)
 
     @wraps(function)
@@ -167,24 +207,25 @@ def through_dlpack(function: Function) -> Function:
         known = adapter_of_type(type(arrays[0])) if arrays else None
         if known is not None and not isinstance(known, DLPackAdapter):
             return function(*arrays, **options)
-        by_name = {name: options[name] for name in ARRAYS if name in options}
-        first = next(iter(arrays_in((*arrays, *by_name.values()))), None)
-        if not isinstance(adapter_of_type(type(first)), DLPackAdapter):
-            return function(*arrays, **options)
         positional = names if names[0] in ARRAYS else [f"pair {i}" for i in range(len(arrays))]  # of `merge`
-        named = dict(zip(positional, arrays))
-        flat: dict[str, Any] = {}
-        for name, value in (named | by_name).items():
-            several = arrays_in(value)
-            within = "level {i} of {name}" if isinstance(value, Selection) else "array {i} of {name}"
-            of_value = within if isinstance(value, (Selection, tuple, list)) else "{name}"
-            flat |= {of_value.format(i=i, name=name): x for i, x in enumerate(several, 1)}
-        of: Any = common_adapter(who, flat)
-        lent = {id(x): of.lend(x, f"{who}: {name}, an array") for name, x in flat.items()}
+        by_name = {name: options[name] for name in ARRAYS if name in options}
+        named = dict(zip(positional, arrays)) | by_name
+        flat = {part: x for name, value in named.items() for part, x in parts_of(name, value).items()}
+        if not flat or not isinstance(adapter_of_type(type(next(iter(flat.values())))), DLPackAdapter):
+            return function(*arrays, **options)
+        adapter: Any = common_adapter(who, flat)
+        first = next(iter(flat))
+        lent = {id(x): adapter.lend(x, f"{who}: {name}, an array") for name, x in flat.items()}
         check_devices(who, {name: seen(lent[id(x)]) for name, x in flat.items()})
-        others = {name: changed(value, lambda x: lent[id(x)]) for name, value in by_name.items()}
-        given = [changed(x, lambda x: lent.get(id(x), x)) for x in arrays]  # too many the function judges
-        result = function(*given, **options | others)
-        return changed(result, lambda x: of.give_back(x, first))
+        way_back = adapter.way_back(flat[first], f"{who}: {first} is an array") if gives_arrays else None
+
+        def as_lent(name: str, value: Any) -> Any:
+            if isinstance(value, Selection):
+                return value._with_arrays(lent.get(id(x), x) for x in value)
+            return tuple(lent.get(id(x), x) for x in value) if is_pair(name, value) else lent.get(id(value), value)
+
+        given = [as_lent(name, x) for name, x in zip(positional, arrays)] + list(arrays[len(positional) :])
+        result = function(*given, **options | {name: as_lent(name, x) for name, x in by_name.items()})
+        return result if way_back is None else changed(result, way_back)
 
     return call  # type: ignore[return-value]

@@ -174,7 +174,7 @@ def plans_of(operation: Operation, shapes: Any) -> dict[str, Call | Exception]:
             plan_of(call)
             found[platform] = call
         except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-            found[platform] = error
+            found[platform] = type(error)(*error.args)  # whose frames would keep their callers' arrays alive
     errors = {platform: error for platform, error in found.items() if isinstance(error, Exception)}
     if len(errors) == len(found):
         backend = dict(operation.options)["backend"]
@@ -194,7 +194,7 @@ def shapes_of_nothing(*_: Any, made: Any, **__: Any) -> Any:
 
 def refuse(*_: Any, error: Exception, **__: Any) -> Any:
     """What compiling for a platform comes to, on which the call cannot be served."""
-    raise error
+    raise type(error)(*error.args)
 
 
 mlir.register_lowering(refusal_p, refuse)
@@ -353,7 +353,9 @@ def pool_gradient(operation: Operation, kept: Known, dlevels: Any) -> tuple[Any]
     total = jnp.zeros(shape, sums)
     for level, d in enumerate(dlevels, 1):
         stride = options["block_size"] ** level
-        counts = np.minimum(tokens - np.arange(d.shape[axis]) * stride, stride).reshape(-1, *[1] * (3 - axis))
+        counts = np.minimum(tokens - np.arange(d.shape[axis]) * stride, stride).reshape(
+            *[1] * axis, -1, *[1] * (3 - axis)
+        )
         part = jnp.repeat(d.astype(sums) / counts.astype(sums), min(stride, tokens), axis)
         total += jax.lax.slice_in_dim(part, 0, tokens, axis=axis)
     return (total.astype(dtype),)

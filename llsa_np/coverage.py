@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llsa_np.adapters.dlpack_arrays import through_dlpack
 from llsa_np.attend import attend_tile
 from llsa_np.call import prepare
 from llsa_np.hierarchy import Hierarchy
@@ -23,6 +25,7 @@ CHUNK_SCORES = 2**21
 """How many scores of dense attention are held at a time, per thread."""
 
 
+@partial(through_dlpack, gives_arrays=False)
 def coverage(
     q: Any,
     k: Any,

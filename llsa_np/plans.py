@@ -323,6 +323,8 @@ def planned(function: Function, who: str | None = None) -> Function:
                 return function(*arrays, **options)
             of, keys, flat = found
             of_options = key_of_options(others)
+            if of_options is None and on_host:  # a plan for one call is dearer than none
+                return function(*arrays, **options)
             key = None if of_options is None else (function, of.name, *keys, *of_options)
             plan = UNKNOWN if key is None else plans.get(key, UNKNOWN)
             if plan is UNKNOWN:
@@ -406,11 +408,20 @@ def key_of_options(options: dict[str, Any]) -> tuple[Any, ...] | None:
     kinds = tuple(map(type, options.values()))
     if PLAIN.issuperset(kinds):
         return (kinds, *options.items())
-    values = {name: tuple(x) if type(x) in (list, set, frozenset) else x for name, x in options.items()}
+    values = {name: plain(x) for name, x in options.items()}
     for value in values.values():
         if type(value) not in PLAIN and not (type(value) is tuple and {int, str}.issuperset(map(type, value))):
             return None
     return (kinds, *values.items())
+
+
+def plain(option: Any) -> Any:
+    """An option of a type that is told apart by its own type too, in Python's types."""
+    if isinstance(option, np.generic):
+        return option.item()
+    if isinstance(option, np.ndarray) and option.dtype.kind in "iu":
+        return tuple(option.tolist()) if option.ndim == 1 else option
+    return tuple(option) if type(option) in (list, set, frozenset, range) else option
 
 
 def record(function: Callable[..., Any], of: Adapter, given: dict[str, Any], options: dict[str, Any]) -> Plan | None:

@@ -68,7 +68,8 @@ class Array:
         shape = (ctypes.c_int64 * x.ndim)(*x.shape)
         strides = (ctypes.c_int64 * x.ndim)(*(stride // x.itemsize for stride in x.strides))
         offset = self.pointer % 4096  # as of an array inside of a page
-        kind = Tensor(self.pointer - offset, self.device, x.ndim, KINDS[x.dtype.kind], 8 * x.itemsize, 1, shape)
+        place = (self.device[0], self.device[1] or 0)
+        kind = Tensor(self.pointer - offset, place, x.ndim, KINDS[x.dtype.kind], 8 * x.itemsize, 1, shape)
         kind.byte_offset = offset
         if self.has_strides:
             kind.strides = strides

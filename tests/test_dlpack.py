@@ -1,5 +1,6 @@
 """Frameworks that nothing names: their arrays go through DLPack, and come back as their own."""
 
+import enum
 import gc
 import importlib.util
 import sys
@@ -159,8 +160,49 @@ class NoWayBack:
 def test_what_no_backend_serves_says_so():
     with pytest.raises(ValueError, match="oneAPI, which no backend serves"):
         llsa.pool(Elsewhere())
-    with pytest.raises(TypeError, match="has no from_dlpack"):
-        llsa.pool(NoWayBack(np.ones((1, 1, 4, 2), np.float32)))
+    x = np.ones((1, 1, 4, 2), np.float32)
+    with pytest.raises(TypeError, match="pool: x is an array of test_dlpack, which has no from_dlpack"):
+        llsa.pool(NoWayBack(x))
+    for place in ((StrangeKind.A, 0), None, 1, ("cpu", 0)):
+        with pytest.raises((TypeError, ValueError), match="pool: x, an array of"):
+            llsa.pool(Array(x, device=place or (None,)))
+    llsa.pool(Array(x, device=(1, None)))
+
+
+class StrangeKind(enum.Enum):
+    A = 7
+
+
+def test_errors_name_what_the_caller_gave():
+    xp = pytest.importorskip("array_api_strict", reason="array_api_strict is not installed")
+    q, h = xp.ones((1, 1, 8, 2)), np.ones((1, 1, 8, 2))
+    selection = llsa.select(q, q, block_size=2)
+    out, lse = llsa.attend(q, q, q, selection)
+    of_lse = np.ones((1, 1, 8))
+    for words, call in (
+        ("pair 0 is a array_api_strict", lambda: llsa.merge(out, lse)),
+        (
+            "merge: out of pair 0 is an array of array_api_strict and lse of pair 0 one of NumPy",
+            lambda: llsa.merge((out, of_lse)),
+        ),
+        ("selection is a list", lambda: llsa.attend(q, q, q, list(selection))),
+        ("q is a list", lambda: llsa.attention([q, q], q, q)),
+        ("v is a list", lambda: llsa.attention(q, q, h.tolist())),
+        ("q is an array of array_api_strict and v one of NumPy", lambda: llsa.attention(q, q, h)),
+        ("coverage: q is an array of array_api_strict and k one of NumPy", lambda: llsa.coverage(q, h, selection)),
+    ):
+        with pytest.raises(TypeError, match=words):
+            call()
+
+
+def test_a_dtype_that_is_lost_on_the_way_back():
+    mlx = pytest.importorskip("mlx.core", reason="mlx is not installed")
+    with mlx.stream(mlx.cpu):
+        x = mlx.array(np.ones((1, 1, 4, 2)), dtype=mlx.float64)
+        with pytest.raises(
+            TypeError, match=r"x is an array of mlx, whose from_dlpack makes .*float32 of a result's float64"
+        ):
+            llsa.pool(x)
 
 
 def strided(x):
@@ -192,7 +234,9 @@ def test_strides_and_byte_offset():
 def test_a_gpu_without_cupy(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     x = np.ones((1, 1, 4, 2), np.float32)
-    with pytest.raises(RuntimeError, match=r"pool: x, an array of dlpack_producer is on a GPU.*CuPy, which is not ins"):
+    with pytest.raises(
+        ValueError, match=r"pool: x, an array of dlpack_producer is on cuda:0; .*CuPy, which is not ins"
+    ):
         llsa.pool(Array(x, device=(2, 0)))
 
 

@@ -1,5 +1,8 @@
 """JAX: what makes a call one of its own functions. The numbers themselves the rest of the suite checks."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from calls import assert_same_bits
@@ -262,6 +265,23 @@ def test_memory_is_xlas_own(monkeypatch):
     q, k, v = on_jax(arrays(queries=52))
     llsa.attention(q, k, v, **OPTIONS)
     assert seen == [[x.unsafe_buffer_pointer() for x in (q, k, v)]]
+
+
+class Watched(np.ndarray):
+    """Of which one can tell when it is gone."""
+
+
+def test_a_program_keeps_nothing_of_its_caller():
+    def step():
+        unrelated = np.ones(9).view(Watched)
+        jax.jit(lambda q: llsa.attention(q, q, q, **OPTIONS))(jnp.ones((1, 2, 54, 4)))
+        return weakref.ref(unrelated)
+
+    seen = step()
+    gc.collect()
+    assert seen() is None
+    with jax.checking_leaks():
+        llsa.attention(*on_jax(arrays(queries=55)), **OPTIONS)
 
 
 def test_calls_alike_are_compiled_once():
