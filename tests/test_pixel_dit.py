@@ -17,6 +17,7 @@ import model
 import torch
 import torch.multiprocessing as mp
 import train
+import weights
 from PIL import Image
 
 SMALL = ["--side", "8", "--batch", "4", "--block-size", "4", "--topk", "2", "--samples", "4", "--device", "cpu"]
@@ -98,6 +99,26 @@ def test_growing_from_a_smaller_side(one_picture, tmp_path):
     before, after = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("small", "large"))
     assert after["step"] == 2
     assert (after["model"]["enter.weight"] - before["model"]["enter.weight"]).abs().max() < 0.01
+
+
+def test_growing_from_weights_that_were_moved(one_picture, tmp_path, monkeypatch):
+    """In bfloat16, in files of a size that is not passed."""
+    monkeypatch.setattr(weights, "MOST_BYTES", 60_000)
+    options = [*SMALL, *one_picture, "--steps", "2", "--every", "2"]
+    train.main([*options, "--out", str(tmp_path / "small")])
+    files = list((tmp_path / "small").glob("weights-*.safetensors"))
+    assert len(files) > 2
+    assert max(file.stat().st_size for file in files) <= 60_000
+    (tmp_path / "small" / "checkpoint.pt").unlink()
+    args = train.parsed([*options, "--start", str(tmp_path / "small"), "--out", str(tmp_path / "large")])
+    grown = train.Training(args, train.Ranks(0, 0, 1, None, torch.device("cpu")))
+    of_model, of_average = weights.read(tmp_path / "small")
+    for name, x in grown.model.state_dict().items():
+        assert torch.equal(x, of_model[name].to(x.dtype))
+    assert of_average["n_averaged"] == 2
+    args.start = tmp_path
+    with pytest.raises(FileNotFoundError, match="neither checkpoint"):
+        train.Training(args, train.Ranks(0, 0, 1, None, torch.device("cpu")))
 
 
 @pytest.mark.parametrize(("factor", "words"), [(1e3, "training diverges"), (np.nan, "loss is nan at step 2")])

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import weights
 from flow import denoised, loss_of, noise_scale, sampled
 from images import Pictures, folder, photographs, save_grid
 from model import Config, Grid, PixelDiT
@@ -256,6 +257,8 @@ class Training:
         part = self.file.with_suffix(".part")
         torch.save(state, part)
         part.replace(self.file)
+        if self.step == self.args.steps:
+            weights.write(self.args.out, state["model"], state["average"])
 
     def resume(self) -> None:
         """From this run's checkpoint, or with --start from another run's weights."""
@@ -265,8 +268,10 @@ class Training:
                 raise ValueError(f"train: {self.file} is of another model, {state['config']}; use another --out")
             self.optimiser.load_state_dict(state["optimiser"])
             self.step, (self.first, self.recent) = state["step"], state["losses"]
+        elif self.args.start is not None and (other := self.args.start / self.file.name).exists():
+            state = torch.load(other, map_location=self.ranks.device, weights_only=True)
         elif self.args.start is not None:
-            state = torch.load(self.args.start / "checkpoint.pt", map_location=self.ranks.device, weights_only=True)
+            state = dict(zip(("model", "average"), weights.read(self.args.start)))
         else:
             return
         self.model.load_state_dict(state["model"])
