@@ -101,7 +101,9 @@ class DLPackAdapter:
         try:
             there = cuda.runtime.getDeviceCount()
         except cuda.runtime.CUDARuntimeError as error:
-            raise ValueError(f"{where}, and CuPy, which reads such arrays, finds none: {error}") from error
+            raise ValueError(
+                f"{where}, and CuPy, which reads such arrays, finds none: {error}. Copy it to the host"
+            ) from error
         if not 0 <= number < there:
             raise ValueError(
                 f"{where}, as {self.name} says, and to CuPy there "
@@ -113,7 +115,7 @@ class DLPackAdapter:
         except (BufferError, TypeError, ValueError) as error:  # CUDA's own errors are RuntimeErrors
             raise TypeError(
                 f"{what} of {self.name} ({getattr(array, 'dtype', 'dtype unknown')}) does not go through DLPack to "
-                f"CuPy: {error}"
+                f"CuPy: {error}. Copy it to the host first"
             ) from error
         of = cuda.runtime.pointerGetAttributes(lent.data.ptr) if lent.size else None
         if of is not None and of.type == ON_ONE_GPU and of.device != number:

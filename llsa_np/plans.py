@@ -166,7 +166,6 @@ class Plan:
 
     def __init__(self, of: Adapter, recording: Recording, results: Any, like: View) -> None:
         self.adapter, self.recording, self.results, self.like = of, recording, results, like._replace(array=None)
-        self.operations = recording.operations
         self.on_host = like.device == "cpu" and not recording.has_launches
         """Whether it is computed on whole arrays, each with memory of its own."""
         self.launches: Any = None
@@ -189,7 +188,7 @@ class Plan:
         self.exchanged: list[int] = []
         """On the host: arrays that the backend sees with axes 1 and 2 exchanged."""
         if self.on_host:
-            self.launches = [(name, *self.numbered(of)) for name, of in self.operations]
+            self.launches = [(name, *self.numbered(of)) for name, of in recording.operations]
 
     def run(self, arrays: Sequence[Any]) -> Any:
         """The results of a call with these arrays, enqueued on the caller's stream."""
@@ -243,7 +242,7 @@ class Plan:
         """The launches, or the operations. pointers: where the call's arrays, results and workspace begin."""
         recording = self.recording
         if not recording.has_launches:
-            for operation, arguments in self.operations:
+            for operation, arguments in recording.operations:
                 placed = [self.placed(x, pointers, stream) for x in arguments]
                 getattr(recording.backend, operation)(*placed)
             return

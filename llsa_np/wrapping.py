@@ -48,7 +48,7 @@ def wrapped_by_frameworks(function: Function) -> Function:
     @wraps(function)
     def call(*arrays: Any, **options: Any) -> Any:
         if len(arrays) > 0 and type(arrays[0]) is np.ndarray and "backend" not in options:
-            return function(*arrays, **options)  # what is mixed it judges itself; 8 us less of a host
+            return function(*arrays, **options)  # what is mixed it judges itself; 5 us less of a slow host
         for package, (kind, wrapper) in WRAPPERS.items():
             framework = sys.modules.get(package)
             if framework is not None:
