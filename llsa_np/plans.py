@@ -190,15 +190,19 @@ class Plan:
         if self.on_host:
             self.launches = [(name, *self.numbered(of)) for name, of in recording.operations]
 
-    def run(self, arrays: Sequence[Any]) -> Any:
-        """The results of a call with these arrays, enqueued on the caller's stream."""
+    def run(self, arrays: Sequence[Any], who: str) -> Any:
+        """The results of a call with these arrays, enqueued on the caller's stream. who: the caller, as errors for want
+        of memory say it."""
         self.used = next(CLOCK)
-        made = [make() for make in self.makers]
-        if self.on_host:
-            self.compute([*arrays, *made])
-        elif self.recording.launches:
-            pointer = self.adapter.pointer
-            self.enqueue([pointer(x) for x in (*arrays, *made)], self.adapter.stream(self.like))
+        try:
+            made = [make() for make in self.makers]
+            if self.on_host:
+                self.compute([*arrays, *made])
+            elif self.recording.launches:
+                pointer = self.adapter.pointer
+                self.enqueue([pointer(x) for x in (*arrays, *made)], self.adapter.stream(self.like))
+        except MemoryError as error:
+            raise with_advice(error, who) from error
         return made[0] if isinstance(self.results, StandIn) else filled(self.results, iter(made))
 
     def compute(self, arrays: Sequence[NDArray[Any]]) -> None:
@@ -308,17 +312,14 @@ def planned(function: Function, who: str | None = None) -> Function:
     names = [name for name in parameters if name in ARRAYS]
     needed = [name for name in names if parameters[name].default is Parameter.empty]
     positional = [name for name in names if parameters[name].kind is not Parameter.KEYWORD_ONLY]
+    wanted_by = who or function.__name__
 
     @wraps(function)
     def call(*arrays: Any, **options: Any) -> Any:
+        plan = plan_for(call, arrays, options)
+        if plan is not None:
+            return plan.run(arrays, wanted_by)
         try:
-            # A look for most calls on NumPy's arrays, with the key that they get below: 20 us less of a slow host
-            shapes = [(x.dtype, x.shape) for x in arrays if type(x) is np.ndarray]
-            kinds = tuple(map(type, options.values()))
-            if len(shapes) == len(arrays) == len(needed) and PLAIN.issuperset(kinds):
-                plan = plans.get((function, "NumPy", *shapes, kinds, *options.items()))
-                if plan is not None:
-                    return plan.run(arrays)
             on_host = len(arrays) > 0 and isinstance(arrays[0], np.ndarray)
             if not (on_host or recorded_devices()) or len(arrays) > len(positional):
                 return function(*arrays, **options)
@@ -336,7 +337,7 @@ def planned(function: Function, who: str | None = None) -> Function:
             # A plan for one call is dearer than none; a backend that records launches takes nothing but stand-ins
             if of_options is None and on_host and "cpu" not in recorded_devices():
                 return function(*arrays, **options)
-            key = None if of_options is None else (function, of.name, *keys, *of_options)
+            key = None if of_options is None else (call, of.name, *keys, *of_options)
             plan = UNKNOWN if key is None else plans.get(key, UNKNOWN)
             if plan is UNKNOWN:
                 # A second look at an option that is used up by the first would find nothing
@@ -347,11 +348,29 @@ def planned(function: Function, who: str | None = None) -> Function:
                     plan = record(function, of, dict(zip(names, given)), others)
                     if key is not None:
                         keep(key, plan)
-            return function(*arrays, **options) if plan is None else plan.run(flat)
+            if plan is None:
+                return function(*arrays, **options)
         except MemoryError as error:
-            raise with_advice(error, who or function.__name__) from error
+            raise with_advice(error, wanted_by) from error
+        return plan.run(flat, wanted_by)
 
     return call  # type: ignore[return-value]
+
+
+def plan_for(function: Callable[..., Any], arrays: tuple[Any, ...], options: dict[str, Any]) -> Plan | None:
+    """The plan of a call on NumPy's arrays alone, with options of plain types, if there was one like it. Its key is the
+    one that such a call gets in `planned`, made in few steps, since a slow host finds them cold: 20 us less of 55."""
+    key: list[Any] = [function, "NumPy"]
+    for x in arrays:
+        if type(x) is not np.ndarray:
+            return None
+        key.append((x.dtype, x.shape))
+    for name, value in options.items():
+        kind = type(value)
+        if kind not in PLAIN:
+            return None
+        key += (name, kind, value)
+    return plans.get(tuple(key))
 
 
 def with_advice(error: MemoryError, who: str) -> MemoryError:
@@ -416,14 +435,13 @@ def is_used_up(x: Any) -> bool:
 def key_of_options(options: dict[str, Any]) -> tuple[Any, ...] | None:
     """What tells options apart, 1 and True too; None for those of other types than most give, whose calls are planned
     each time."""
-    kinds = tuple(map(type, options.values()))
-    if PLAIN.issuperset(kinds):
-        return (kinds, *options.items())
-    values = {name: plain(x) for name, x in options.items()}
-    for value in values.values():
+    key: list[Any] = []
+    for name, option in options.items():
+        value = option if type(option) in PLAIN else plain(option)
         if type(value) not in PLAIN and not (type(value) is tuple and {int, str}.issuperset(map(type, value))):
             return None
-    return (kinds, *values.items())
+        key += (name, type(option), value)
+    return tuple(key)
 
 
 def plain(option: Any) -> Any:

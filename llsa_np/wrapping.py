@@ -12,6 +12,7 @@ import numpy as np
 from llsa_np.adapters import half_installed
 from llsa_np.adapters.dlpack_arrays import through_dlpack
 from llsa_np.copies import copied_to_the_device
+from llsa_np.plans import plan_for
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -32,9 +33,8 @@ def _jax() -> Any:
     return jax_arrays
 
 
-WRAPPERS = {"torch": ("Tensor", _pytorch), "jax": ("Array", _jax)}
-"""Top module of a framework -> its type of arrays, and the module whose functions, of the same names as the public
-ones, take calls with such arrays."""
+TENSOR = "__torch_function__"
+"""What PyTorch's tensors have, and types that pretend to be one."""
 
 
 def wrapped_by_frameworks(function: Function) -> Function:
@@ -44,19 +44,24 @@ def wrapped_by_frameworks(function: Function) -> Function:
 
     name, copied = function.__name__, copied_to_the_device(through_dlpack(function))
 
-    # A compiler may read through this: no import by name, no table of imported modules.
+    # torch.compile reads through this for tensors. So before them nothing looks into `sys.modules`, which other threads
+    # write, and nothing is imported by name.
     @wraps(function)
     def call(*arrays: Any, **options: Any) -> Any:
-        if len(arrays) > 0 and type(arrays[0]) is np.ndarray and "backend" not in options:
-            return function(*arrays, **options)  # what is mixed it judges itself; 5 us less of a slow host
-        for package, (kind, wrapper) in WRAPPERS.items():
-            framework = sys.modules.get(package)
-            if framework is not None:
-                arrays_type = getattr(framework, kind, ())  # half imported, it has none
-                # The first alone, of which most calls have enough: 1.3 us less of the host
-                first = len(arrays) > 0 and isinstance(arrays[0], arrays_type)
-                if first or any(isinstance(x, arrays_type) for x in (*arrays, *options.values())):
-                    return getattr(wrapper(), name)(*arrays, **options)
+        if len(arrays) > 0 and type(arrays[0]) is np.ndarray:
+            plan = plan_for(function, arrays, options)
+            if plan is not None:
+                return plan.run(arrays, name)
+            if "backend" not in options:
+                return function(*arrays, **options)  # what is mixed it judges itself
+        for x in (*arrays, *options.values()):
+            if hasattr(type(x), TENSOR):
+                framework = _pytorch()
+                if isinstance(x, framework.torch.Tensor):
+                    return getattr(framework, name)(*arrays, **options)
+        kind = getattr(sys.modules.get("jax"), "Array", ())  # half imported, it has none
+        if any(isinstance(x, kind) for x in (*arrays, *options.values())):
+            return getattr(_jax(), name)(*arrays, **options)
         return copied(*arrays, **options)
 
     call.plain = function  # type: ignore[attr-defined]

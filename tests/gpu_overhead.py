@@ -35,7 +35,7 @@ def rows(backend):
             return torch.autograd.grad(out, needing, dout, retain_graph=True)
 
         calls = {
-            "launches": lambda plan=plan, arrays=[q, k, v]: plan.run(arrays),
+            "launches": lambda plan=plan, arrays=[q, k, v]: plan.run(arrays, "attention"),
             "cupy": lambda of_cupy=of_cupy: forward(of_cupy),
             "torch": lambda arrays=(q, k, v): forward(arrays),
             "torch_recording": lambda needing=needing: forward(needing),

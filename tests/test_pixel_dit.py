@@ -17,6 +17,7 @@ import model
 import torch
 import torch.multiprocessing as mp
 import train
+import training
 import weights
 from PIL import Image
 
@@ -111,21 +112,21 @@ def test_growing_from_weights_that_were_moved(one_picture, tmp_path, monkeypatch
     assert max(file.stat().st_size for file in files) <= 60_000
     (tmp_path / "small" / "checkpoint.pt").unlink()
     args = train.parsed([*options, "--start", str(tmp_path / "small"), "--out", str(tmp_path / "large")])
-    grown = train.Training(args, train.Ranks(0, 0, 1, None, torch.device("cpu")))
+    grown = training.Training(args, training.Ranks(0, 0, 1, None, torch.device("cpu")))
     of_model, of_average = weights.read(tmp_path / "small")
     for name, x in grown.model.state_dict().items():
         assert torch.equal(x, of_model[name].to(x.dtype))
     assert of_average["n_averaged"] == 2
     args.start = tmp_path
     with pytest.raises(FileNotFoundError, match="neither checkpoint"):
-        train.Training(args, train.Ranks(0, 0, 1, None, torch.device("cpu")))
+        training.Training(args, training.Ranks(0, 0, 1, None, torch.device("cpu")))
 
 
 @pytest.mark.parametrize(("factor", "words"), [(1e3, "training diverges"), (np.nan, "loss is nan at step 2")])
 def test_a_loss_that_diverges_stops(factor, words, one_picture, tmp_path, monkeypatch):
     factors = iter([1, *[factor] * 8])
-    plain = train.loss_of
-    monkeypatch.setattr(train, "loss_of", lambda *given: next(factors) * plain(*given))
+    plain = training.loss_of
+    monkeypatch.setattr(training, "loss_of", lambda *given: next(factors) * plain(*given))
     with pytest.raises(FloatingPointError, match=words):
         train.main([*SMALL, *one_picture, "--steps", "9", "--out", str(tmp_path / "run")])
 

@@ -3,6 +3,7 @@
 import gc
 import inspect
 import shutil
+import types
 import weakref
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from llsa_np import functions
+from llsa_np import functions, wrapping
 from llsa_np.adapters import pytorch
 
 OPTIONS = {"block_size": 4, "topk": 2}
@@ -269,6 +270,23 @@ def test_compile_of_the_others():
         f(q, k) for f in (torch.compile(others, fullgraph=True, backend="aot_eager"), others)
     )
     assert_equal((*levels, rows), (*expected, expected_rows))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_reads_no_table_of_modules(monkeypatch):
+    """Threads import modules while one compiles: a table that changes under the compiler stops it."""
+
+    class Changing(dict):
+        def get(self, *_):
+            raise RuntimeError("dictionary changed size during iteration")
+
+        __getitem__ = __contains__ = __iter__ = items = keys = values = get
+
+    arrays = tensors()
+    expected = attention(*arrays)
+    monkeypatch.setattr(wrapping, "sys", types.SimpleNamespace(modules=Changing()))
+    for call in (torch.compile(attention, fullgraph=True, backend="aot_eager"), attention):
+        assert torch.equal(call(*arrays), expected)
 
 
 # --- autocast, checkpoint, torch.func

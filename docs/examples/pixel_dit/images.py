@@ -1,6 +1,8 @@
 """Pictures to train on: scikit-image's photographs, or a folder of one's own; each with a part that is held out."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -47,19 +49,24 @@ def photographs(side: int) -> tuple[Pictures, Pictures]:
     return Pictures(left, side, crops=True), Pictures(right, side, crops=True)
 
 
+@lru_cache(1)  # for runs one after the other in one process
 def folder(path: Path, side: int) -> tuple[Pictures, Pictures]:
     """The pictures of a folder, on white where they are transparent: to train on, and each tenth, held out."""
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS)
     if len(files) < 2:
         raise ValueError(f"train: --images {path} has {len(files)} pictures ({', '.join(ENDINGS)}); it needs 2 or more")
-    pictures = []
-    for file in files:
-        with Image.open(file) as opened:
-            seen = ImageOps.exif_transpose(opened).convert("RGBA")
-        pictures.append(Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB"))
+    with ThreadPoolExecutor() as threads:
+        pictures = list(threads.map(on_white, files))
     held = pictures[::10]
     kept = [x for i, x in enumerate(pictures) if i % 10]
     return Pictures(kept, side, crops=False), Pictures(held, side, crops=False)
+
+
+def on_white(file: Path) -> Image.Image:
+    """A picture as it is meant to be seen."""
+    with Image.open(file) as opened:
+        seen = ImageOps.exif_transpose(opened).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
 
 
 def save_grid(images: Tensor, path: Path, least: int = 256) -> None:

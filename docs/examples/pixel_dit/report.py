@@ -6,30 +6,33 @@ writes pixel-dit-<card>.json, each row from a run of this process on that card.
 """
 
 import argparse
-import contextlib
 import json
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from flow import loss_of, noise_scale
 from model import Config, Grid, PixelDiT, attention_of
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 DENSE = {"FlashAttention-2": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 LLSA: list[dict[str, Any]] = [
+    {"topk": 8},
     {"levels": 1, "topk": 8},
     {"levels": 2, "topk": 8},
-    {"topk": 8},
-    {"levels": 1, "topk": 16},
-    {"levels": 2, "topk": 16},
     {"topk": 16},
+    {"levels": 2, "topk": 16},
     {"levels": 2, "topk": 8, "enrich": False},
 ]
+EAGER = 1
+"""How many of these are measured without torch.compile too."""
 TOKENS = 2**18
 """Pixels of a training step, so that batches are of 16 pictures of 128 x 128 and of 4 of 256 x 256."""
 
@@ -39,19 +42,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sides", type=int, nargs="+", default=[128, 256], help="pixels (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=2.0, help="to time each model for (default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="use torch.compile")
     parser.add_argument("--out", type=Path, required=True, help="a folder")
     args = parser.parse_args()
     card = torch.cuda.get_device_name()
     path = args.out / f"pixel-dit-{re.sub('[^a-z0-9]+', '-', card.lower())}.json"
     rows: list[dict[str, Any]] = []
     for side in args.sides:
-        for dense in DENSE:
-            rows.append(measured(side, Config(attention="full"), args, dense))
-            save(path, card, rows)
-        for options in LLSA:
-            rows.append(measured(side, Config(**options), args))
-            save(path, card, rows)
+        for compiled in (True, False):
+            for dense in DENSE:
+                rows.append(measured(side, Config(attention="full"), args.seconds, compiled, dense))
+                save(path, card, rows)
+            for options in LLSA if compiled else LLSA[:EAGER]:
+                rows.append(measured(side, Config(**options), args.seconds, compiled))
+                save(path, card, rows)
 
 
 def save(path: Path, card: str, rows: list[dict[str, Any]]) -> None:
@@ -60,35 +63,48 @@ def save(path: Path, card: str, rows: list[dict[str, Any]]) -> None:
     path.write_text(json.dumps({"card": card, "torch": torch.__version__, "training": rows}, indent=1) + "\n")
 
 
-@contextlib.contextmanager
-def kernels(dense: str | None) -> Iterator[None]:
-    """Dense attention by one of PyTorch's kernels."""
-    with sdpa_kernel(DENSE[dense]) if dense else contextlib.nullcontext():
-        yield
+def attention_by(dense: str | None, config: Config) -> Attend:
+    """Of q, k and v. Dense attention by one of PyTorch's kernels, which a compiler sees and keeps."""
+    attend = attention_of(config, None)
+    if dense is None:
+        return attend
+
+    def by_kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(DENSE[dense]):
+            return attend(q, k, v)
+
+    return by_kernel
 
 
-def measured(side: int, config: Config, args: argparse.Namespace, dense: str | None = None) -> dict[str, Any]:
-    """Medians of whole training steps, and of their attention alone, forward and backward, in every layer."""
+def measured(side: int, config: Config, budget: float, compiled: bool, dense: str | None = None) -> dict[str, Any]:
+    """Medians of whole training steps, and of their attention alone, forward and backward, in every layer.
+
+    budget: seconds to time steps for. compiled: whether the model's blocks are."""
     device = torch.device("cuda")
     batch = max(1, TOKENS // side**2)
     torch.manual_seed(0)
     model, grid = PixelDiT(config).to(device), Grid(side, config, device)
     for layer in (model.leave, *(block.modulation for block in model.blocks)):
         torch.nn.init.normal_(layer.weight, std=0.02)  # as a model that has learnt something: gates are not 0
+    attend = attention_by(dense, config)
+    for block in model.blocks:
+        block.attend = attend
     optimiser = torch.optim.AdamW(model.parameters(), 1e-4)
-    velocity = torch.compile(model) if args.compile else model
+    if compiled:
+        torch.compiler.reset()  # or after some models nothing is compiled any more
+        for block in model.blocks:
+            block.compile()
     x, noise = (torch.randn(batch, side**2, 3, device=device) for _ in range(2))
     t = torch.rand(batch, device=device)
 
     def step() -> None:
         with torch.autocast("cuda", torch.bfloat16):
-            loss = loss_of(lambda x, t: velocity(x, t, grid.rotation), x, noise, t, noise_scale(side))
+            loss = loss_of(lambda x, t: model(x, t, grid.rotation), x, noise, t, noise_scale(side))
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
 
-    attend = attention_of(config, None)
     shape = (batch, side**2, config.heads, config.hidden // config.heads)
     q, k, v, dout = (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(4))
 
@@ -99,12 +115,11 @@ def measured(side: int, config: Config, args: argparse.Namespace, dense: str | N
     def attention() -> None:
         torch.autograd.grad(attend(q, k, v), (q, k, v), dout)
 
-    with kernels(dense):
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        whole = seconds(step, args.seconds)
-        memory = torch.cuda.max_memory_allocated() - before
-        both, forward = seconds(attention, args.seconds / 4), seconds(inference, args.seconds / 4)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    whole = seconds(step, budget)
+    memory = torch.cuda.max_memory_allocated() - before
+    both, forward = seconds(attention, budget / 4), seconds(inference, budget / 4)
     return {
         "side": side,
         "attention": dense or "LLSA",
@@ -112,7 +127,7 @@ def measured(side: int, config: Config, args: argparse.Namespace, dense: str | N
         "topk": None if dense else config.topk,
         "enrich": config.enrich,
         "batch": batch,
-        "compiled": args.compile,
+        "compiled": compiled,
         "step_ms": round(1e3 * whole, 2),
         "tokens_per_second": round(batch * side**2 / whole),
         "attention_ms": round(1e3 * both, 3),
