@@ -402,6 +402,7 @@ def save_attention(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, out, lse, *selected)
     ctx.options = (block_size, *inputs[7:])
+    ctx.of_others = no_gradients(inputs[3:])
 
 
 def save_attend(ctx: Any, inputs: Any, output: Any) -> None:
@@ -409,8 +410,13 @@ def save_attend(ctx: Any, inputs: Any, output: Any) -> None:
     q, k, v, selected, *options = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output, *selected)
-    ctx.levels = len(selected)
     ctx.options = tuple(options)
+    ctx.of_others = [[None] * len(selected), *no_gradients(options)]
+
+
+def no_gradients(options: Any) -> list[Any]:
+    """As PyTorch wants them of options. It takes an empty list (enrich = ()) for one of no tensors."""
+    return [[] if option == [] else None for option in options]
 
 
 def gradients(ctx: Any, dout: Any, dlse: Any) -> tuple[Any, Any, Any]:
@@ -466,13 +472,13 @@ def no_second_gradient(ctx: Any, *_: Any) -> Any:
 # Autograd's own record of the operators is for compile; eager calls have the functions below.
 torch.library.register_autograd(
     "llsa::attention",
-    lambda ctx, dout, dlse, _: (*gradients(ctx, dout, dlse), *[None] * 10),
+    lambda ctx, dout, dlse, _: (*gradients(ctx, dout, dlse), *ctx.of_others),
     setup_context=save_attention,
     lib=library,
 )
 torch.library.register_autograd(
     "llsa::attend",
-    lambda ctx, dout, dlse: (*gradients(ctx, dout, dlse), [None] * ctx.levels, *[None] * 7),
+    lambda ctx, dout, dlse: (*gradients(ctx, dout, dlse), *ctx.of_others),
     setup_context=save_attend,
     lib=library,
 )

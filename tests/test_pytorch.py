@@ -196,9 +196,11 @@ def operators():
         q, k, v = (x.detach().requires_grad_() for x in arrays)
         yield "attention", (q, k, v, 4, 2, [2], False, *attending)
         yield "attention", (q, k, v, 4, None, [2], False, None, False, None, "bhnd", "auto", "full")
+        yield "attention", (q, k, v, 4, None, [2], False, [], True, None, "bhnd", "auto", "full")
         yield "select", (q.detach(), k.detach(), 4, 2, [3, 2], True, "bhnd", "auto")
         selected = torch.ops.llsa.select(q.detach(), k.detach(), 4, 2, [2], False, "bhnd", "auto")
         yield "attend", (q, k, v, selected, 4, *attending)
+        yield "attend", (q, k, v, selected, 4, [], *attending[1:])
         q, k, v = (x.detach() for x in (q, k, v))
         out, lse = torch.ops.llsa.attend(q, k, v, selected, 4, *attending)
         for needs in ([True, True, True], [False, True, False]):
@@ -258,6 +260,32 @@ def test_a_selection_through_compile():
     compiled = torch.compile(given, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, k, v, plain), expected)
     assert_equal(gradients(lambda *x: compiled(*x, plain), q, k, v), gradients(lambda *x: given(*x, plain), q, k, v))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    "options",
+    [{"enrich": ()}, {"enrich": (2,)}, {"topk": (3, 1)}, {"reweight": False}, {"scale": 0.5}, {"levels": 1}],
+    ids=str,
+)
+def test_compile_with_options(options):
+    """Those that are lists too, of none or several, forward and backward."""
+    changed = {"block_size": 4, "topk": 2, "levels": 2} | options
+    selecting = {name: value for name, value in changed.items() if name in ("block_size", "topk", "levels")}
+    attending = {name: value for name, value in changed.items() if name in ("enrich", "reweight", "scale")}
+
+    def whole(q, k, v):
+        return llsa.attention(q, k, v, backend="numpy", **changed)
+
+    def in_two(q, k, v):
+        selection = llsa.select(q, k, backend="numpy", **selecting)
+        return llsa.attend(q, k, v, selection, backend="numpy", **attending)[0]
+
+    arrays = tensors()
+    expected = gradients(whole, *arrays)
+    for call in (whole, in_two):
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        assert_equal(gradients(compiled, *arrays), expected)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
