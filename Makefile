@@ -22,6 +22,8 @@ GPU := $(if $(DRIVER),$(shell test $(DRIVER) -ge 580 && echo ,cuda13 || echo ,cu
 demo: $(VENV)/.explain
 	$(BIN)/llsa explain --out demo
 
+# Two processes, each with one thread in torch and BLAS: more would wait for each other.
+test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.test
 	$(BIN)/pytest -n 2
 	NUMBA_ENABLE_CUDASIM=1 $(BIN)/pytest -n 2

@@ -39,7 +39,7 @@ def run(work: Callable[[Task], None], tasks: Sequence[Task], numbers: int) -> No
             pass
 
 
-FEW_NUMBERS = 2**14
+FEW_NUMBERS = 2**18
 """Attention over fewer numbers takes about a millisecond, and starting threads a good part of that."""
 
 MOST_THREADS = 16

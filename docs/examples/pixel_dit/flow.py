@@ -30,13 +30,6 @@ def loss_of(velocity: Velocity, x: Tensor, noise: Tensor, t: Tensor, scale: floa
 
 
 @torch.no_grad()
-def denoised(velocity: Velocity, x: Tensor, noise: Tensor, t: Tensor, scale: float) -> Tensor:
-    """What the model takes x to be, from x_t in one step: x_t - t v."""
-    seen = noised(x, noise, t, scale)
-    return seen - t[:, None, None] * velocity(seen, t)
-
-
-@torch.no_grad()
 def sampled(velocity: Velocity, noise: Tensor, scale: float, steps: int = 20) -> Tensor:
     """New tokens, by Euler's method from t = 1, where there is noise alone, to t = 0."""
     x = scale * noise

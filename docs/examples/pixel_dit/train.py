@@ -57,6 +57,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=1000, help="steps between checkpoints (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=16, help="pictures made at each (default: %(default)s)")
     parser.add_argument("--sequence-ranks", type=int, default=1, help="processes that share one picture's tokens")
+    parser.add_argument("--workers", type=int, default=8, help="processes that draw pictures for a GPU's (default: 8)")
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--out", type=Path, required=True, help="a folder for checkpoints, metrics and samples")

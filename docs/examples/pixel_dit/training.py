@@ -5,8 +5,8 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,13 +14,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import weights
-from flow import denoised, loss_of, noise_scale, sampled
+from flow import loss_of, noise_scale, sampled
 from images import Pictures, folder, photographs, save_grid
 from model import Config, Grid, PixelDiT
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """At which held-out pictures are denoised."""
@@ -64,26 +65,25 @@ def ranks_of(args: argparse.Namespace) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-class Drawn(NamedTuple):
-    """A picture, the seed of its noise, and its time: the same in whichever process and thread it is drawn."""
-
-    picture: Tensor
-    noise: int
-    t: float
-
-
-def drawn(pictures: Pictures, seed: list[int]) -> Drawn:
-    """What a seed says."""
-    rng = np.random.default_rng(seed)
-    return Drawn(pictures.draw(rng), int(rng.integers(2**62)), rng.uniform())
-
-
 class Batch(NamedTuple):
-    """Tokens of pictures, noise, and times."""
+    """Pictures or their tokens, noise, and times."""
 
     x: Tensor
     noise: Tensor
     t: Tensor
+
+
+class Draws(Dataset[Batch]):
+    """A picture, noise and a time of each seed: the same in whichever process they are drawn."""
+
+    def __init__(self, pictures: Pictures) -> None:
+        self.pictures = pictures
+
+    def __getitem__(self, seed: Sequence[int]) -> Batch:
+        rng = np.random.default_rng(seed)
+        x = self.pictures.draw(rng)
+        noise = torch.from_numpy(rng.standard_normal(x.shape, np.float32))
+        return Batch(x, noise, torch.tensor(rng.uniform(), dtype=torch.float32))
 
 
 class Training:
@@ -107,21 +107,19 @@ class Training:
                 block.compile()
         if dist.is_initialized():
             self.trained = DistributedDataParallel(self.model)
-        self.threads = ThreadPoolExecutor(8)
-        self.next = self.drawing(self.pictures, self.step)
+        on_gpu = ranks.device.type == "cuda"
+        self.drawn = self.draws(self.pictures, count(self.step), args.workers if on_gpu else 0)
 
-    def drawing(self, pictures: Pictures, step: int, batch: int = 0) -> list[Future[Drawn]]:
-        """This process's pictures of a step, on their way."""
+    def draws(self, pictures: Pictures, steps: Iterable[int], workers: int = 0) -> Iterator[Batch]:
+        """This process's part of the batch of each step, drawn by so many other processes ahead of time."""
         own = range(self.ranks.data, self.args.batch, self.ranks.of_data)
-        return [self.threads.submit(drawn, pictures, [self.args.seed, step, batch, i]) for i in own]
+        seeds = ([(self.args.seed, step, i) for i in own] for step in steps)
+        pinned = self.ranks.device.type == "cuda"
+        return iter(DataLoader(Draws(pictures), batch_sampler=seeds, num_workers=workers, pin_memory=pinned))
 
-    def batch(self, drawing: list[Future[Drawn]]) -> Batch:
-        """Of what was drawn."""
-        device, found = self.ranks.device, [future.result() for future in drawing]
-        x = torch.stack([of.picture for of in found]).to(device)
-        generators = (torch.Generator(device).manual_seed(of.noise) for of in found)
-        noise = torch.stack([torch.randn(x.shape[1:], generator=of, device=device) for of in generators])
-        t = torch.tensor([of.t for of in found], device=device)
+    def tokens(self, batch: Batch) -> Batch:
+        """A batch of pictures as tokens, on the device."""
+        x, noise, t = (part.to(self.ranks.device, non_blocking=True) for part in batch)
         return Batch(self.grid.tokens(x), self.grid.tokens(noise), t)
 
     def velocity(self, model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
@@ -133,8 +131,7 @@ class Training:
 
     def train_step(self) -> float:
         """One step of AdamW; the loss, over all processes."""
-        batch = self.batch(self.next)
-        self.next = self.drawing(self.pictures, self.step + 1)
+        batch = self.tokens(next(self.drawn))
         loss = loss_of(lambda x, t: self.velocity(self.trained, x, t), *batch, self.scale)
         self.optimiser.zero_grad()
         loss.backward()
@@ -171,17 +168,16 @@ class Training:
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             return self.velocity(self.average, x, t)
 
-        found = torch.zeros(len(TIMES), 2, device=self.ranks.device)
-        for i in range(HELD_OUT_BATCHES):
-            batch = self.batch(self.drawing(self.held_out, 2**31, i))
-            for of_time, time in zip(found, TIMES):
-                seen = batch._replace(t=torch.full_like(batch.t, time))
-                error = (denoised(velocity, *seen, self.scale) - seen.x).square().mean()
-                of_time += torch.stack([loss_of(velocity, *seen, self.scale), error]) / HELD_OUT_BATCHES
-        losses, errors = self.over_ranks(found).T.tolist()
-        of_losses = {f"held_out_loss_{time}": x for time, x in zip(TIMES, losses)}
-        # of pixels from -1 to 1
-        return of_losses | {f"psnr_{time}": 10 * math.log10(4 / x) for time, x in zip(TIMES, errors)}
+        losses = torch.zeros(len(TIMES), device=self.ranks.device)
+        for drawn in self.draws(self.held_out, range(HELD_OUT_BATCHES)):
+            batch = self.tokens(drawn)
+            for i, time in enumerate(TIMES):
+                at_time = batch._replace(t=torch.full_like(batch.t, time))
+                losses[i] += loss_of(velocity, *at_time, self.scale) / HELD_OUT_BATCHES
+        found = dict(zip(TIMES, self.over_ranks(losses).tolist()))
+        of_losses = {f"held_out_loss_{time}": loss for time, loss in found.items()}
+        # Pixels are of -1 .. 1. What x_t - t v is off by is t times what v is off by.
+        return of_losses | {f"psnr_{time}": 10 * math.log10(4 / (time**2 * loss)) for time, loss in found.items()}
 
     def sample(self) -> None:
         """New pictures, by the average of the weights, into samples-<step>.png."""
