@@ -1,6 +1,9 @@
 """The pixel diffusion transformer of the documentation: it learns, resumes, is the same over ranks, and samples."""
 
+import io
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -11,9 +14,12 @@ import llsa_np as llsa
 if SIMULATED or EMULATED:
     pytest.skip("PyTorch is tested without a simulator", allow_module_level=True)
 
+import emoji
 import flow
 import images
 import model
+import quality
+import report
 import torch
 import torch.multiprocessing as mp
 import train
@@ -131,6 +137,20 @@ def test_a_loss_that_diverges_stops(factor, words, one_picture, tmp_path, monkey
         train.main([*SMALL, *one_picture, "--steps", "9", "--out", str(tmp_path / "run")])
 
 
+def test_kinds_of_attention_side_by_side(one_picture, tmp_path, capsys):
+    """Each trained, judged and sampled, and not again if it was."""
+    options = [*SMALL, *one_picture, "--steps", "1", "--seeds", "1", "--out", str(tmp_path)]
+    for _ in range(2):
+        quality.main([*options, "--kinds", "full attention", "LLSA without enrichment"])
+    rows = json.loads((tmp_path / "quality.json").read_text())
+    assert [row["kind"] for row in rows] == ["full attention", "LLSA without enrichment"]
+    for row in rows:
+        assert (row["step"], row["seed"], row["images"], row["device"]) == (1, 0, "pictures", "CPU")
+        assert row["psnr_0.5"] == pytest.approx(10 * np.log10(4 / (0.25 * row["held_out_loss_0.5"])))
+    assert {file.name for file in tmp_path.glob("*.png")} == {"full-attention-0.png", "llsa-without-enrichment-0.png"}
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
 # --- the flow
 
 
@@ -204,7 +224,36 @@ def test_ablations_reach_the_attention(monkeypatch):
     assert seen == [options]
 
 
+def test_dense_attention_by_a_kernel_that_is_named(monkeypatch):
+    """And none but it."""
+    config, given = model.Config(attention="full"), [torch.randn(1, 16, 2, 8) for _ in range(3)]
+    monkeypatch.setitem(report.DENSE, "plain", report.SDPBackend.MATH)
+    plain = model.attention_of(config, None)(*given)
+    torch.testing.assert_close(report.attention_by("plain", config)(*given), plain)
+    with pytest.raises(RuntimeError, match="No viable backend"):
+        report.attention_by("cuDNN", config)(*given)
+
+
 # --- the pictures
+
+
+def test_pictures_of_a_font(tmp_path, monkeypatch):
+    """On white, in the middle of a square; a font without pictures is refused."""
+    glyph = Image.new("RGBA", (4, 2), (255, 0, 0, 255))
+    glyph.putpixel((0, 0), (0, 0, 0, 0))
+    data = io.BytesIO()
+    glyph.save(data, "png")
+    table = types.SimpleNamespace(strikeData=[{"smile": types.SimpleNamespace(imageData=data.getvalue())}])
+    monkeypatch.setattr(emoji, "TTFont", lambda path: {"CBDT": table} if path.name == "whole.ttf" else {})
+    monkeypatch.setattr(sys, "argv", ["emoji.py", "whole.ttf", str(tmp_path / "out"), "--side", "4"])
+    emoji.main()
+    (file,) = (tmp_path / "out").iterdir()
+    pixels = np.array(images.on_white(file))
+    white, red = [255, 255, 255], [255, 0, 0]
+    assert pixels.tolist() == [[white] * 4, [white, red, red, red], [red] * 4, [white] * 4]
+    monkeypatch.setattr(sys, "argv", ["emoji.py", "plain.ttf", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no table CBDT"):
+        emoji.main()
 
 
 def test_what_is_held_out_is_never_trained_on(tmp_path):
