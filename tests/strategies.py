@@ -38,7 +38,7 @@ EMULATED = os.environ.get("LLSA_CUDA_EMULATOR", "0") not in ("", "0")
 """Whether this process runs the CUDA C++ kernels on the CPU, by tests/cuda_emulator.py, ten thousand times slower."""
 
 if SIMULATED:
-    LIMITS = Limits(tokens=32, dim=8, heads=2, block_size=5, topk=6, levels=3, examples=8)
+    LIMITS = Limits(tokens=32, dim=8, heads=2, block_size=5, topk=6, levels=3, examples=5)
 elif EMULATED:
     LIMITS = Limits(tokens=100, dim=32, heads=2, block_size=20, topk=6, levels=3, examples=4)
 else:

@@ -93,7 +93,7 @@ def test_memory_order_and_layout_change_nothing(backend, framework, case):
 
 
 @given(case=cases())
-@settings(max_examples=examples(60))
+@settings(max_examples=examples(60, simulated=3, emulated=2))
 def test_only_what_is_needed(backend, framework, case):
     """Each gradient alone has the bits that it has among the others."""
     q, k, v, dout, dlse = (framework.array(x) for x in case.arrays())

@@ -874,9 +874,19 @@ def test_arrays_pooled_in_one_launch(unaligned, monkeypatch):
 
 
 @emulated
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize(("dim", "value_dim"), [(72, 40), (136, 128), (192, 16), (256, 200)])
-def test_every_width(dtype, dim, value_dim):
+@pytest.mark.parametrize(
+    ("dtype", "dim", "value_dim"),
+    [
+        ("float16", 72, 40),
+        ("float32", 72, 40),
+        ("bfloat16", 136, 128),
+        ("float32", 192, 16),
+        ("bfloat16", 256, 200),
+        ("float32", 256, 200),
+    ],
+)
+def test_wide_tiles(dtype, dim, value_dim):
+    """The others, and the other dtypes, run on GPUs alone: g++ takes half a minute for each."""
     case = Case(dtype=dtype, query_tokens=40, key_tokens=75, dim=dim, value_dim=value_dim, block_size=16, topk=2)
     results = run(case, "cupy_raw", NumPy)
     assert_within_bounds(case, results, reference(case, results.selection))

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from calls import Results, assert_same_bits, assert_within_bounds, reference, run
 from hypothesis import assume, given, settings
 from strategies import DTYPES, cases, examples
@@ -188,6 +189,8 @@ def small(x, size, bound):
 @given(case=cases(**PLAIN, dtypes=("float64",)))
 @settings(max_examples=examples(60))
 def test_6_finite_differences(backend, framework, case):
+    if backend == "cupy_raw":  # here, or hypothesis looks for the smallest case that is refused: minutes of an emulator
+        pytest.skip("cupy_raw serves float16, bfloat16, float32, not float64")
     arrays = q, k, v, dout, dlse = case.arrays()
     results = run(case, backend, framework, arrays)
     rng = np.random.default_rng(case.seed + 7)
