@@ -18,7 +18,7 @@ Task = TypeVar("Task")
 def run(work: Callable[[Task], None], tasks: Sequence[Task], numbers: int) -> None:
     """Call work(task) for every task, on as many threads as there are cores.
 
-    numbers: how many numbers go in, in all; where they are few, everything stays on the calling thread.
+    numbers: how many the work is about, in all; where they are few, everything stays on the calling thread.
 
     NaN, infinity and overflow in the data are results here, not warnings. BLAS is held to one thread meanwhile if
     threadpoolctl is installed: its own threads would wait for each other.

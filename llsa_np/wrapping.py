@@ -33,8 +33,8 @@ def _jax() -> Any:
     return jax_arrays
 
 
-TENSOR = "__torch_function__"
-"""What PyTorch's tensors have, and types that pretend to be one."""
+TENSORS = "as_subclass"
+"""A method of PyTorch's tensors that no other framework's arrays have."""
 
 
 def wrapped_by_frameworks(function: Function) -> Function:
@@ -55,7 +55,7 @@ def wrapped_by_frameworks(function: Function) -> Function:
             if "backend" not in options:
                 return function(*arrays, **options)  # what is mixed it judges itself
         for x in (*arrays, *options.values()):
-            if hasattr(type(x), TENSOR):
+            if hasattr(type(x), TENSORS):
                 framework = _pytorch()
                 if isinstance(x, framework.torch.Tensor):
                     return getattr(framework, name)(*arrays, **options)

@@ -248,7 +248,7 @@ def test_a_framework_that_is_half_installed(package, monkeypatch):
     kind = type("Half", (), {"__module__": f"{package}.arrays"})
     with pytest.raises(ImportError, match=f"arrays of {package} cannot be read, as {package} is installed in part"):
         llsa.pool(kind())
-    whole = type("Array", (), {"__module__": f"{package}.arrays"})
+    whole = type("Array", (), {"__module__": f"{package}.arrays", "as_subclass": None})
     monkeypatch.setattr(
         sys.modules[package], {"torch": "Tensor", "jax": "Array"}.get(package, "other"), whole, raising=False
     )

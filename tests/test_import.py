@@ -41,6 +41,20 @@ def test_a_call_on_numpy_arrays_loads_no_framework():
         assert framework not in names
 
 
+def test_arrays_that_speak_to_a_framework_load_it_not():
+    """A subclass of NumPy's arrays that torch's functions would take."""
+    code = """
+import numpy, sys, llsa_np
+class Own(numpy.ndarray):
+    @classmethod
+    def __torch_function__(cls, *arguments, **options):
+        return NotImplemented
+x = numpy.ones((1, 1, 5, 4)).view(Own)
+print(llsa_np.attention(x, x, x).shape, "torch" in sys.modules)
+"""
+    assert fresh(code).strip() == "(1, 1, 5, 4) False"
+
+
 def test_functions_are_not_hidden_by_the_modules_they_come_from():
     code = """
 import llsa_np

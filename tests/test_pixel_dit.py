@@ -73,6 +73,36 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_losses(one_picture, tmp_path
         train.main([*options, "--topk", "3", "--steps", "9", "--out", str(broken)])
 
 
+def test_a_run_that_is_killed_as_it_saves_misses_no_step(one_picture, tmp_path, monkeypatch):
+    """Before a checkpoint, or after one."""
+    options = [*SMALL, *one_picture, "--every", "2", "--steps", "3", "--samples", "0", "--out", str(tmp_path)]
+    save, is_written = training.Training.save, iter([False, True])
+
+    def killed(run):
+        if next(is_written):
+            save(run)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Training, "save", killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train.main(options)
+    monkeypatch.setattr(training.Training, "save", save)
+    train.main(options)
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3]
+    assert "psnr_0.5" in metrics(tmp_path)[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--batch", "0"], "--batch: is 0, and is to be 1 or more"), (["--seed", "-1"], "--seed: is -1, and is to be 0")],
+)
+def test_wrong_arguments(arguments, words, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.parsed([*arguments, "--out", str(tmp_path)])
+    assert words in capsys.readouterr().err
+
+
 def on_rank(rank, ranks, port, arguments):
     torch.set_num_threads(1)
     of = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -123,6 +153,9 @@ def test_growing_from_weights_that_were_moved(one_picture, tmp_path, monkeypatch
     for name, x in grown.model.state_dict().items():
         assert torch.equal(x, of_model[name].to(x.dtype))
     assert of_average["n_averaged"] == 2
+    args.heads = 1
+    with pytest.raises(ValueError, match="is of a model of other sizes than --preset tiny"):
+        training.Training(args, training.Ranks(0, 0, 1, None, torch.device("cpu")))
     args.start = tmp_path
     with pytest.raises(FileNotFoundError, match="neither checkpoint"):
         training.Training(args, training.Ranks(0, 0, 1, None, torch.device("cpu")))
@@ -145,10 +178,16 @@ def test_kinds_of_attention_side_by_side(one_picture, tmp_path, capsys):
     rows = json.loads((tmp_path / "quality.json").read_text())
     assert [row["kind"] for row in rows] == ["full attention", "LLSA without enrichment"]
     for row in rows:
-        assert (row["step"], row["seed"], row["images"], row["device"]) == (1, 0, "pictures", "CPU")
+        assert (row["step"], row["seed"], row["images"], row["device"]) == (1, 0, one_picture[1], "CPU")
         assert row["psnr_0.5"] == pytest.approx(10 * np.log10(4 / (0.25 * row["held_out_loss_0.5"])))
-    assert {file.name for file in tmp_path.glob("*.png")} == {"full-attention-0.png", "llsa-without-enrichment-0.png"}
+    names = {"000-full-attention-0.png", "001-llsa-without-enrichment-0.png"}
+    assert {file.name for file in tmp_path.glob("*.png")} == names == {row["samples"] for row in rows}
     assert len(capsys.readouterr().out.splitlines()) == 2
+    quality.main([*options, "--kinds", "full attention", "--topk", "3"])
+    assert [row["topk"] for row in json.loads((tmp_path / "quality.json").read_text())] == [2, 2, 3]
+    with pytest.raises(SystemExit):
+        quality.main([*options, "--seed", "2"])
+    assert "Give --seeds" in capsys.readouterr().err
 
 
 # --- the flow

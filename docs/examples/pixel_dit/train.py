@@ -35,31 +35,47 @@ PRESETS = {
 }
 
 
+def positive(value: str) -> int:
+    """A number of things of which there is at least one."""
+    number = int(value)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"is {value}, and is to be 1 or more")
+    return number
+
+
+def natural(value: str) -> int:
+    """One that may be 0."""
+    number = int(value)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"is {value}, and is to be 0 or more")
+    return number
+
+
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, the preset's values in the place of those that are not given."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="sizes (default: %(default)s)")
     parser.add_argument("--attention", choices=("llsa", "full"), default="llsa", help="(default: %(default)s)")
-    parser.add_argument("--levels", type=int, help="coarse levels L (default: by the number of pixels)")
-    parser.add_argument("--topk", type=int, default=8, help="tokens kept of each level (default: %(default)s)")
-    parser.add_argument("--block-size", type=int, default=16, help="tokens of a block (default: %(default)s)")
+    parser.add_argument("--levels", type=positive, help="coarse levels L (default: by the number of pixels)")
+    parser.add_argument("--topk", type=positive, default=8, help="tokens kept of each level (default: %(default)s)")
+    parser.add_argument("--block-size", type=positive, default=16, help="tokens of a block (default: %(default)s)")
     for name in ("enrich", "reweight", "reorder"):
         switch = argparse.BooleanOptionalAction
         parser.add_argument(f"--{name}", action=switch, default=True, help="an ablation of the paper")
     parser.add_argument("--images", type=Path, help="a folder of pictures (default: scikit-image's photographs)")
-    parser.add_argument("--side", type=int, help="pixels a side")
-    parser.add_argument("--batch", type=int, help="pictures a step, of all processes together")
-    parser.add_argument("--steps", type=int, help="how many to train")
+    parser.add_argument("--side", type=positive, help="pixels a side")
+    parser.add_argument("--batch", type=positive, help="pictures a step, of all processes together")
+    parser.add_argument("--steps", type=positive, help="how many to train")
     parser.add_argument("--rate", type=float, help="learning rate of AdamW")
     parser.add_argument("--ema", type=float, help="decay of the weights' moving average, which samples")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    parser.add_argument("--seed", type=natural, default=0, help="of everything random (default: %(default)s)")
     parser.add_argument("--start", type=Path, help="another run's folder, to grow from its weights")
-    parser.add_argument("--every", type=int, default=1000, help="steps between checkpoints (default: %(default)s)")
-    parser.add_argument("--samples", type=int, default=16, help="pictures made at each (default: %(default)s)")
-    parser.add_argument("--sequence-ranks", type=int, default=1, help="processes that share one picture's tokens")
-    parser.add_argument("--workers", type=int, default=8, help="processes that draw pictures for a GPU's (default: 8)")
+    parser.add_argument("--every", type=positive, default=1000, help="steps between checkpoints (default: %(default)s)")
+    parser.add_argument("--samples", type=natural, default=16, help="pictures made at each (default: %(default)s)")
+    parser.add_argument("--sequence-ranks", type=positive, default=1, help="processes that share one picture's tokens")
+    parser.add_argument("--workers", type=natural, default=8, help="processes that draw for a GPU (default: 8)")
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
     parser.add_argument("--out", type=Path, required=True, help="a folder for checkpoints, metrics and samples")
     args = parser.parse_args(arguments)
     for name, value in PRESETS[args.preset]._asdict().items():
@@ -96,14 +112,15 @@ def main(arguments: list[str] | None = None) -> None:
         bar = tqdm(total=args.steps, initial=training.step, disable=None if ranks.rank == 0 else True)
         while training.step < args.steps:
             values = {"loss": training.train_step()}
-            done = training.step == args.steps
-            if done or training.step % args.every == 0:
+            is_kept = training.step == args.steps or training.step % args.every == 0
+            if is_kept:
                 values |= training.evaluate()
                 training.sample()
-                training.save()
             if log is not None:
                 log.add(training.step, **values)
-            bar.set_postfix(loss=f"{training.recent:.3f}")
+            if is_kept:
+                training.save()  # last: what was logged of steps after a checkpoint is logged again
+            bar.set_postfix(loss=f"{training.recent_loss:.3f}")
             bar.update()
 
 

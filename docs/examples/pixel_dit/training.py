@@ -26,6 +26,8 @@ from torch.utils.data import DataLoader, Dataset
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """At which held-out pictures are denoised."""
 HELD_OUT_BATCHES = 4
+HELD_OUT_SEEDS = 2**31
+"""Where those of steps do not come."""
 
 
 class Ranks(NamedTuple):
@@ -53,6 +55,10 @@ def ranks_of(args: argparse.Namespace) -> Iterator[Ranks]:
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
         size, shared = dist.get_world_size(), args.sequence_ranks
+        if args.side**2 % shared:
+            raise ValueError(
+                f"train: --side {args.side} makes {args.side**2} pixels, which --sequence-ranks {shared} is to divide"
+            )
         if size % shared or args.batch % (size // shared):
             raise ValueError(
                 f"train: {size} processes, --sequence-ranks {shared} and --batch {args.batch}: the processes are to be "
@@ -99,7 +105,7 @@ class Training:
         self.model = PixelDiT(self.config, ranks.mesh).to(ranks.device)
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
         self.optimiser = torch.optim.AdamW(self.model.parameters(), args.rate)
-        self.step, self.first, self.recent = 0, math.nan, math.nan
+        self.step, self.first_loss, self.recent_loss = 0, math.nan, math.nan
         self.resume()
         self.trained: nn.Module = self.model
         if args.compile:
@@ -144,11 +150,11 @@ class Training:
     def judged(self, loss: Tensor) -> float:
         """The loss as a number, unless training has come to nothing."""
         value = self.over_ranks(loss).item()
-        self.recent = value if math.isnan(self.recent) else 0.95 * self.recent + 0.05 * value
-        self.first = value if math.isnan(self.first) else self.first
-        if not math.isfinite(value) or self.recent > 5 * self.first:
+        self.recent_loss = value if math.isnan(self.recent_loss) else 0.95 * self.recent_loss + 0.05 * value
+        self.first_loss = value if math.isnan(self.first_loss) else self.first_loss
+        if not math.isfinite(value) or self.recent_loss > 5 * self.first_loss:
             raise FloatingPointError(
-                f"train: the loss is {value:.3g} at step {self.step}, and was {self.first:.3g} at first: training "
+                f"train: the loss is {value:.3g} at step {self.step}, and was {self.first_loss:.3g} at first: training "
                 f"diverges. Use a lower --rate than {self.args.rate:g}; {self.file} is of an earlier step"
             )
         return value
@@ -169,7 +175,7 @@ class Training:
             return self.velocity(self.average, x, t)
 
         losses = torch.zeros(len(TIMES), device=self.ranks.device)
-        for drawn in self.draws(self.held_out, range(HELD_OUT_BATCHES)):
+        for drawn in self.draws(self.held_out, range(HELD_OUT_SEEDS, HELD_OUT_SEEDS + HELD_OUT_BATCHES)):
             batch = self.tokens(drawn)
             for i, time in enumerate(TIMES):
                 at_time = batch._replace(t=torch.full_like(batch.t, time))
@@ -181,6 +187,8 @@ class Training:
 
     def sample(self) -> None:
         """New pictures, by the average of the weights, into samples-<step>.png."""
+        if self.args.samples == 0:
+            return
         shape = (self.args.samples, 3, self.args.side, self.args.side)
         generator = torch.Generator(self.ranks.device).manual_seed(self.args.seed)
         noise = self.grid.tokens(torch.randn(shape, generator=generator, device=self.ranks.device))
@@ -204,7 +212,7 @@ class Training:
             return
         state = {
             "step": self.step,
-            "losses": (self.first, self.recent),
+            "losses": (self.first_loss, self.recent_loss),
             "config": dataclasses.asdict(self.config),
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
@@ -222,12 +230,18 @@ class Training:
             if state["config"] != dataclasses.asdict(self.config):
                 raise ValueError(f"train: {self.file} is of another model, {state['config']}; use another --out")
             self.optimiser.load_state_dict(state["optimiser"])
-            self.step, (self.first, self.recent) = state["step"], state["losses"]
+            self.step, (self.first_loss, self.recent_loss) = state["step"], state["losses"]
         elif self.args.start is not None and (other := self.args.start / self.file.name).exists():
             state = torch.load(other, map_location=self.ranks.device, weights_only=True)
         elif self.args.start is not None:
             state = dict(zip(("model", "average"), weights.read(self.args.start)))
         else:
             return
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
+        try:
+            self.model.load_state_dict(state["model"])
+            self.average.load_state_dict(state["average"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"train: --start {self.args.start} is of a model of other sizes than --preset {self.args.preset}; give "
+                "the preset that it was trained with"
+            ) from error
