@@ -225,11 +225,13 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Which backends ran, and why others did not: a green run cannot hide one."""
-    counts = Counter()
+    """Which backends ran, and why others did not: a green run cannot hide one. And which kernels were compiled."""
+    counts, compiled, of = Counter(), [], 0
     for status in ("passed", "failed"):
         for report in terminalreporter.stats.get(status, []):
             counts.update(value for key, value in report.user_properties if key == "backend")
+            compiled += [value for key, value in report.user_properties if key == "compiled"]
+            of = max([of, *(value for key, value in report.user_properties if key == "compiled of")])
     terminalreporter.section("backends")
     for name, reasons in llsa.backends().items():
         line = (
@@ -238,3 +240,6 @@ def pytest_terminal_summary(terminalreporter):
             else f"{name}: not run: {'; '.join(reasons)}"
         )
         terminalreporter.write_line(line)
+    if compiled:
+        told = ", ".join(sorted(compiled))
+        terminalreporter.write_line(f"compiled, {len(compiled)} of {of}: {told}. `make kernels` compiles the others")

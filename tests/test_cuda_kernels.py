@@ -114,8 +114,10 @@ def is_in_the_cover(kernel, tile, whole):
 
 @on_compiler
 @pytest.mark.parametrize(("tile", "whole", "arch"), COVER, ids=str)
-def test_a_cover_of_the_specialisations_compiles(tile, whole, arch):
+def test_a_cover_of_the_specialisations_compiles(tile, whole, arch, record_property):
     """And fits every card of the architecture. The rest is left to `make kernels`."""
+    record_property("compiled", f"{tile.dtype} {tile.WIDTH}{'' if whole else ' ragged'} ({arch})")
+    record_property("compiled of", 2 * len(all_tiles()) * len(ARCHITECTURES))
     kernels = [kernel for kernel in kernels_of(tile, whole) if is_in_the_cover(kernel, tile, whole)]
     dynamic = {(kernel.source, kernel.defines, kernel.name): kernel.shared_bytes for kernel in kernels}
     for kernel in compilations(kernels):
