@@ -1,19 +1,16 @@
-"""`import llsa_np` loads NumPy and nothing else, and quickly."""
+"""`import llsa_np` loads NumPy and nothing else."""
 
-import json
 import subprocess
 import sys
 
 import pytest
 
 LOADED = """
-import json, sys, time
+import sys
 import numpy
 before = set(sys.modules)
-start = time.perf_counter()
 import llsa_np
-seconds = time.perf_counter() - start
-print(json.dumps({"seconds": seconds, "modules": sorted(set(sys.modules) - before)}))
+print(*sorted(set(sys.modules) - before))
 """
 
 
@@ -22,16 +19,14 @@ def fresh(code, *options):
     return done.stdout
 
 
-def test_import_loads_no_framework_and_is_quick():
-    runs = [json.loads(fresh(LOADED)) for _ in range(3)]
-    ours = {"llsa_np", "numpy"}
-    third_party = {
-        name.partition(".")[0] for name in runs[0]["modules"] if name.partition(".")[0] not in sys.stdlib_module_names
-    }
-    assert third_party <= ours | {"_editable_impl_llsa_np", "__editable___llsa_np_0_1_0_finder"}, third_party
-    for framework in ("cupy", "numba", "torch", "jax", "matplotlib", "scipy", "ml_dtypes", "cuda"):
-        assert framework not in {name.partition(".")[0] for name in runs[0]["modules"]}
-    assert min(run["seconds"] for run in runs) < 0.2
+def test_import_loads_no_framework():
+    """Nor what is slow to load in the standard library: it would take longer than all of this package."""
+    loaded = fresh(LOADED).split()
+    ours = {"llsa_np", "numpy", "_editable_impl_llsa_np", "__editable___llsa_np_0_1_0_finder"}
+    top = {name.partition(".")[0] for name in loaded}
+    assert {name for name in top if name not in sys.stdlib_module_names} <= ours, top
+    for slow in ("asyncio", "concurrent.futures", "http", "multiprocessing", "unittest"):
+        assert slow not in loaded
 
 
 def test_a_call_on_numpy_arrays_loads_no_framework():

@@ -26,6 +26,7 @@ def threads_for_all(monkeypatch):
     """Small calls take threads too, and BLAS has two of its own."""
     monkeypatch.setattr(threads, "FEW_NUMBERS", 0)
     monkeypatch.setattr(threads, "cores", lambda: 4)
+    monkeypatch.setattr(threads, "_controller", None)  # it knows the libraries of its first call, SciPy's may be later
     with threadpool_limits(2, "blas"):
         yield
 
