@@ -20,6 +20,8 @@ import images
 import model
 import quality
 import report
+import safetensors.torch
+import sample
 import torch
 import torch.multiprocessing as mp
 import train
@@ -157,8 +159,33 @@ def test_growing_from_weights_that_were_moved(one_picture, tmp_path, monkeypatch
     with pytest.raises(ValueError, match="is of a model of other sizes than --preset tiny"):
         training.Training(args, training.Ranks(0, 0, 1, None, torch.device("cpu")))
     args.start = tmp_path
-    with pytest.raises(FileNotFoundError, match="neither checkpoint"):
+    with pytest.raises(FileNotFoundError, match="has no weights"):
         training.Training(args, training.Ranks(0, 0, 1, None, torch.device("cpu")))
+
+
+def test_new_pictures_of_a_run(one_picture, tmp_path):
+    """The same as its own but for the weights' last bits, of any number, side and noise."""
+    out = tmp_path / "run"
+    options = [*SMALL, *one_picture, "--attention", "full", "--rate", "0.01", "--ema", "0.9"]
+    train.main([*options, "--steps", "30", "--every", "30", "--out", str(out)])
+
+    def made(*options):
+        sample.main([str(out), "--device", "cpu", "--out", str(tmp_path / "new.png"), *options])
+        with Image.open(tmp_path / "new.png") as grid:
+            return np.asarray(grid, int)
+
+    with Image.open(out / "samples-000030.png") as grid:
+        own = np.asarray(grid, int)
+    same = made("--pictures", "4", "--batch", "3")
+    assert abs(same - own).max() < 5
+    assert abs(made("--pictures", "4", "--seed", "1") - own).max() > 50
+    assert abs(made("--pictures", "4", "--steps", "2") - own).max() > 16
+    assert made("--pictures", "5", "--side", "16").shape == (256, 384, 3)
+    with pytest.raises(FileNotFoundError, match="has no weights-"):
+        sample.main([str(tmp_path), "--out", str(tmp_path / "new.png")])
+    safetensors.torch.save_file({"x": torch.ones(1)}, tmp_path / "weights-00.safetensors")
+    with pytest.raises(ValueError, match="does not say what model"):
+        sample.main([str(tmp_path), "--out", str(tmp_path / "new.png")])
 
 
 @pytest.mark.parametrize(("factor", "words"), [(1e3, "training diverges"), (np.nan, "loss is nan at step 2")])

@@ -121,6 +121,17 @@ class PixelDiT(nn.Module):
         return self.leave(self.norm(x) * (1 + scale) + shift).float()
 
 
+def velocity_by(model: nn.Module, grid: Grid) -> Callable[[Tensor, Tensor], Tensor]:
+    """The model as a function of tokens and times; in bfloat16 on a GPU."""
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+            found: Tensor = model(x, t, grid.rotation)
+        return found
+
+    return velocity
+
+
 def zero(layer: nn.Linear) -> nn.Linear:
     """A layer whose results are 0 at first."""
     nn.init.zeros_(layer.weight)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import weights
 from flow import loss_of, noise_scale, sampled
 from images import Pictures, folder, photographs, save_grid
-from model import Config, Grid, PixelDiT
+from model import Config, Grid, PixelDiT, velocity_by
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
@@ -128,17 +128,10 @@ class Training:
         x, noise, t = (part.to(self.ranks.device, non_blocking=True) for part in batch)
         return Batch(self.grid.tokens(x), self.grid.tokens(noise), t)
 
-    def velocity(self, model: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-        """In bfloat16 on a GPU."""
-        device = self.ranks.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            velocity: Tensor = model(x, t, self.grid.rotation)
-        return velocity
-
     def train_step(self) -> float:
         """One step of AdamW; the loss, over all processes."""
         batch = self.tokens(next(self.drawn))
-        loss = loss_of(lambda x, t: self.velocity(self.trained, x, t), *batch, self.scale)
+        loss = loss_of(velocity_by(self.trained, self.grid), *batch, self.scale)
         self.optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -170,10 +163,7 @@ class Training:
     def evaluate(self) -> dict[str, float]:
         """Of held-out pictures, the average's loss, and the PSNR in dB of denoising in one step, at fixed times."""
         self.average.eval()
-
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return self.velocity(self.average, x, t)
-
+        velocity = velocity_by(self.average, self.grid)
         losses = torch.zeros(len(TIMES), device=self.ranks.device)
         for drawn in self.draws(self.held_out, range(HELD_OUT_SEEDS, HELD_OUT_SEEDS + HELD_OUT_BATCHES)):
             batch = self.tokens(drawn)
@@ -192,7 +182,7 @@ class Training:
         shape = (self.args.samples, 3, self.args.side, self.args.side)
         generator = torch.Generator(self.ranks.device).manual_seed(self.args.seed)
         noise = self.grid.tokens(torch.randn(shape, generator=generator, device=self.ranks.device))
-        tokens = sampled(lambda x, t: self.velocity(self.average, x, t), noise, self.scale)
+        tokens = sampled(velocity_by(self.average, self.grid), noise, self.scale)
         if self.ranks.mesh is not None:
             parts = [torch.empty_like(tokens) for _ in range(self.ranks.mesh.size())]
             dist.all_gather(parts, tokens, group=self.ranks.mesh.get_group())
@@ -221,7 +211,8 @@ class Training:
         part = self.file.with_suffix(".part")
         torch.save(state, part)
         part.replace(self.file)
-        weights.write(self.args.out, state["model"], state["average"])
+        settings = state["config"] | {"side": self.args.side}
+        weights.write(self.args.out, state["model"], state["average"], settings)
 
     def resume(self) -> None:
         """From this run's checkpoint, or with --start from another run's weights."""

@@ -1,0 +1,48 @@
+"""Makes new pictures with a model that `train.py` has trained, from the weights in its folder.
+
+python docs/examples/pixel_dit/sample.py runs/tiny --pictures 36 --out new.png
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import weights
+from flow import noise_scale, sampled
+from images import save_grid
+from model import Config, Grid, PixelDiT, velocity_by
+from torch.optim.swa_utils import AveragedModel
+from train import natural, positive
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write a grid of them."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("run", type=Path, help="the --out of train.py")
+    parser.add_argument("--pictures", type=positive, default=16, help="how many (default: %(default)s)")
+    parser.add_argument("--batch", type=positive, default=16, help="how many at a time (default: %(default)s)")
+    parser.add_argument("--side", type=positive, help="pixels a side (default: as it was trained last)")
+    parser.add_argument("--steps", type=positive, default=20, help="of Euler's method (default: %(default)s)")
+    parser.add_argument("--seed", type=natural, default=0, help="of the noise (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
+    parser.add_argument("--out", type=Path, required=True, help="a PNG")
+    args = parser.parse_args(arguments)
+    settings = weights.settings(args.run)
+    side = args.side or settings["side"]
+    config = Config(**{name: value for name, value in settings.items() if name != "side"})
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = AveragedModel(PixelDiT(config).to(device))
+    model.load_state_dict(weights.read(args.run)[1])
+    grid = Grid(side, config, device)
+    velocity = velocity_by(model, grid)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    noise = torch.randn((args.pictures, 3, side, side), generator=generator, device=device)
+    pictures = [
+        grid.images(sampled(velocity, grid.tokens(part), noise_scale(side), args.steps))
+        for part in noise.split(args.batch)
+    ]
+    save_grid(torch.cat(pictures), args.out)
+
+
+if __name__ == "__main__":
+    main()
