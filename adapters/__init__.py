@@ -89,7 +89,7 @@ ADAPTERS = {
     "torch": "llsa_np.adapters.pytorch",
     "jax": "llsa_np.adapters.jax_arrays",
     "jaxlib": "llsa_np.adapters.jax_arrays",
-    "llsa_np": "llsa_np.plans",
+    "llsa_np": "llsa_np.recording",
 }
 """Top module of an array's type (or of a base class of it) -> the module whose `adapter` serves it."""
 

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,9 @@ from llsa_np.backends import DEVICES
 from llsa_np.checks import ORDER, check_devices, check_is_selection, check_queries_keys, check_selection
 from llsa_np.hierarchy import hierarchy_of
 from llsa_np.options import as_tuple, check_flag, check_layout, check_needs
-from llsa_np.plans import MOST_PLANS, Plan, Recording, leaves
-from llsa_np.plans import adapter as stand_ins
+from llsa_np.plans import MOST_PLANS, AddressPlan, HostPlan, Plan, plan_from
+from llsa_np.recording import Recording, leaves
+from llsa_np.recording import adapter as stand_ins
 from llsa_np.selection import Selection
 
 NEEDS = ("q", "k", "v")
@@ -125,14 +126,14 @@ class Call(NamedTuple):
     def __call__(self, context: Any, out: list[Any], *given: Any) -> None:
         """given, out: XLA's buffers, of the plan's arrays, results and workspace."""
         on_host = self.device == "cpu"
-        if on_host and plan_of(self).on_host:
-            plan_of(self).compute([np.asarray(x) for x in (*given, *out)])
+        if on_host and isinstance(plan := plan_of(self), HostPlan):
+            plan.work([np.asarray(x) for x in (*given, *out)])
             return
         pointers = [pointer(x, on_host) for x in (*given, *out)]  # on the host: kernels of the suite
         stream = 0 if on_host else context.stream
         device = self.device if on_host else f"cuda:{given[0].__dlpack_device__()[1]}"
         lows = tuple([address % PIECE for address in pointers[: len(given)]])
-        plan_of(self._replace(device=device, lows=lows)).enqueue(pointers, stream)
+        cast(AddressPlan, plan_of(self._replace(device=device, lows=lows))).enqueue(pointers, stream)
 
 
 def pointer(buffer: Any, on_host: bool) -> int:
@@ -157,7 +158,7 @@ def plan_of(call: Call) -> Plan:
     recording = Recording()
     given = [stand_in(recording, *of, call.device, low) for of, low in zip(call.arrays, call.lows)]
     results = call.operation.of(given)
-    return Plan(adapter, recording, results, stand_ins.view(given[0]))
+    return plan_from(adapter, recording, results, stand_ins.view(given[0]))
 
 
 PLATFORMS = {"cpu": "cpu", "cuda": "cuda:0"}

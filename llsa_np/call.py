@@ -19,7 +19,7 @@ from llsa_np.checks import (
 )
 from llsa_np.hierarchy import Hierarchy, hierarchy_of
 from llsa_np.options import AttendOptions, Layout, check_layout
-from llsa_np.plans import Recording
+from llsa_np.recording import Recording
 from llsa_np.selection import Selection
 
 NO_SELECTION: Any = object()

@@ -1,18 +1,16 @@
 """Calls worked out once: the checks, the results, the workspace, and what is launched or computed.
 
 All of these follow from shapes, strides, dtypes, devices, alignment and options, never from what is in the arrays. So a
-call is gone through with stand-ins, which have all that but no memory: launches are recorded, and of a backend that
-cannot record them the operations that it was asked for. A call like it only fills in its arrays, or where they begin. A
-framework that hands out memory before it calls, as JAX does, learns from the same stand-ins how much.
+call is gone through with stand-ins (recording.py), and a call like it only fills in its arrays, or where they begin.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from functools import wraps
 from inspect import Parameter, signature
 from itertools import count
-from math import prod
 from operator import itemgetter
 from threading import Lock
 from typing import Any, NamedTuple, TypeVar
@@ -20,9 +18,10 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from llsa_np.adapters import PIECE, Adapter, DeviceMemory, View, adapter_of_type
-from llsa_np.backends import RECORDS, Backend, Room, recorded_devices
+from llsa_np.adapters import Adapter, View, adapter_of_type
+from llsa_np.backends import Room, recorded_devices
 from llsa_np.copies import ARRAYS
+from llsa_np.recording import Recording, StandIn, adapter, leaves
 from llsa_np.selection import Selection
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -36,32 +35,11 @@ arrays sees more where each has its own, and sets it to False."""
 ALIGNMENT = 256
 """Of an array in it, in bytes: what CUDA's own allocations have at least."""
 
-TAG = 48
-"""A stand-in begins at an address whose bits from here on say which it is: no array of 2**48 bytes is there."""
-
 CLOCK = count()
 """Counts the calls that go by a plan."""
 
 
-# --- recording
-
-
-class StandIn(DeviceMemory):
-    """An array without memory. `ptr` stands for where it will begin, and has its alignment; 0 if it has no elements."""
-
-    __slots__ = ("device", "dtype", "heads_first", "ptr", "recording", "shape", "strides")
-    recording: Any
-    """Where it was made."""
-
-    def __init__(self, *values: Any, heads_first: bool = False) -> None:
-        """heads_first: whether it is one of layout "bnhd" as backends see it, with its axes 1 and 2 exchanged."""
-        self.recording, self.ptr, self.shape, self.strides, self.dtype, self.device = values
-        self.heads_first = heads_first
-
-    @property
-    def size(self) -> int:
-        """The number of elements."""
-        return prod(self.shape)
+# --- what calls alike do
 
 
 class Place(NamedTuple):
@@ -71,124 +49,29 @@ class Place(NamedTuple):
     offset: int
 
 
-class Notes:
-    """A backend that runs what it is asked for at once: here it only writes that down."""
-
-    def __init__(self, of: Backend, operations: list[tuple[str, tuple[Any, ...]]]) -> None:
-        self.name, self.spaces, self.operations = of.name, of.spaces, operations
-
-    def __getattr__(self, operation: str) -> Callable[..., None]:
-        return lambda *arguments: self.operations.append((operation, arguments))
-
-
-class Recording:
-    """What a call made and launched when stand-ins went through it. It takes the place of the caller's stream."""
-
-    def __init__(self) -> None:
-        self.given: list[StandIn] = []
-        self.made: list[StandIn] = []
-        self.launches: list[Any] = []
-        self.operations: list[tuple[str, tuple[Any, ...]]] = []
-        """What was asked of a backend that does not record its launches: which operation, with what."""
-        self.shared: dict[Any, Any] = {}
-        """What a backend notes of launches that do the work of several operations."""
-        self.backend: Any = None
-
-    def stand_in(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: Any, device: str, low: int) -> StandIn:
-        """The next one."""
-        number = len(self.given) + len(self.made) + 1
-        return StandIn(self, (number << TAG) + low if prod(shape) else 0, shape, strides, dtype, device)
-
-    def argument(self, value: Any, adapter: Adapter) -> Any:
-        """What stands in for an argument: an array, a Selection or None."""
-        if value is None:
-            return None
-        if isinstance(value, Selection):
-            return value._with_arrays(self.argument(x, adapter) for x in value)
-        view, low = adapter.view(value), adapter.pointer(value) % PIECE
-        array = self.stand_in(view.shape, view.array.strides, view.array.dtype, view.device, low)
-        self.given.append(array)
-        return array
-
-    def of(self, backend: Any) -> Any:
-        """The backend that serves the call, such that nothing runs."""
-        self.backend = backend
-        return backend if self.has_launches else Notes(backend, self.operations)
-
-    @property
-    def has_launches(self) -> bool:
-        """Whether what the backend launches is recorded, not only what it is asked for."""
-        return self.backend is None or self.backend.name in RECORDS
-
-    @property
-    def stream(self) -> Recording:
-        """Itself."""
-        return self
-
-
-class StandInAdapter:
-    """Stand-ins as a framework of their own, whose new arrays are stand-ins too."""
-
-    name = "stand-ins"
-
-    def owns(self, array: Any) -> bool:
-        return isinstance(array, StandIn)
-
-    def view(self, array: StandIn, layout: str = "bhnd") -> View:
-        seen = array
-        if layout == "bnhd" and len(array.shape) == 4:
-            shape, strides = ((x[0], x[2], x[1], x[3]) for x in (array.shape, array.strides))
-            seen = StandIn(array.recording, array.ptr, shape, strides, array.dtype, array.device, heads_first=True)
-        return View(array.shape, array.dtype.name, array.device, seen)
-
-    def empty(self, shape: tuple[int, ...], dtype: Any, like: View, layout: str = "bhnd") -> tuple[StandIn, View]:
-        if layout == "bnhd":
-            shape = (shape[0], shape[2], shape[1], *shape[3:])
-        of = like.array.dtype if dtype is None else np.dtype(dtype)
-        recording = like.array.recording
-        strides = tuple(of.itemsize * prod(shape[axis + 1 :]) for axis in range(len(shape)))
-        array = recording.stand_in(shape, strides, of, like.device, 0)
-        recording.made.append(array)
-        return array, self.view(array, layout)
-
-    def stream(self, like: View) -> Any:
-        return like.array.recording.stream
-
-
-adapter = StandInAdapter()
-
-
-# --- running
-
-
-class Plan:
-    """What calls alike do: make results and a workspace, launch or compute, return."""
+class Plan(ABC):
+    """Makes the results and the workspace of a call, has the work done, and returns: a kind for each way to do it."""
 
     def __init__(self, of: Adapter, recording: Recording, results: Any, like: View) -> None:
         self.adapter, self.recording, self.results, self.like = of, recording, results, like._replace(array=None)
-        self.on_host = like.device == "cpu" and not recording.has_launches
-        """Whether it is computed on whole arrays, each with memory of its own."""
-        self.launches: Any = None
         self.used = next(CLOCK)
-        kept, given = leaves(results), len(recording.given)
+        kept = leaves(results)
         self.makers = [of.maker(x.shape, x.dtype, self.like) for x in kept]
         self.places = {x.ptr: Place(i, 0) for i, x in enumerate([*recording.given, *kept])}
-        rooms: list[int] = []
-        for x in recording.made:
-            if x.ptr and x.ptr not in self.places:
-                if self.on_host:
-                    self.places[x.ptr] = Place(given + len(self.makers), 0)
-                    self.makers.append(of.maker(x.shape, x.dtype, self.like))
-                    continue
-                if not rooms or not ONE_ROOM:
-                    rooms.append(0)
-                self.places[x.ptr] = Place(given + len(kept) + len(rooms) - 1, rooms[-1])
-                rooms[-1] += -(-x.size * x.dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        self.makers += [of.maker((size,), np.dtype(np.uint8), self.like) for size in rooms]
-        self.exchanged: list[int] = []
-        """On the host: arrays that the backend sees with axes 1 and 2 exchanged."""
-        if self.on_host:
-            self.launches = [(name, *self.numbered(of)) for name, of in recording.operations]
+        self.place([x for x in recording.made if x.ptr and x.ptr not in self.places])
+
+    @abstractmethod
+    def place(self, workspace: list[StandIn]) -> None:
+        """Find a place for what a call makes besides its results."""
+
+    @abstractmethod
+    def work(self, arrays: Sequence[Any]) -> None:
+        """Fill the results. arrays: the call's, results and workspace."""
+
+    def array_like(self, x: StandIn) -> int:
+        """One more array that each call makes; its number among the call's arrays."""
+        self.makers.append(self.adapter.maker(x.shape, x.dtype, self.like))
+        return len(self.recording.given) + len(self.makers) - 1
 
     def run(self, arrays: Sequence[Any], who: str) -> Any:
         """The results of a call with these arrays, enqueued on the caller's stream. who: the caller, as errors for want
@@ -196,22 +79,33 @@ class Plan:
         self.used = next(CLOCK)
         try:
             made = [make() for make in self.makers]
-            if self.on_host:
-                self.compute([*arrays, *made])
-            elif self.recording.launches:
-                pointer = self.adapter.pointer
-                self.enqueue([pointer(x) for x in (*arrays, *made)], self.adapter.stream(self.like))
+            self.work([*arrays, *made])
         except MemoryError as error:
             raise with_advice(error, who) from error
         return made[0] if isinstance(self.results, StandIn) else filled(self.results, iter(made))
 
-    def compute(self, arrays: Sequence[NDArray[Any]]) -> None:
-        """The operations on the host. arrays: the call's arrays, results and workspace."""
+
+class HostPlan(Plan):
+    """Of a backend that computes at once: its operations, on the host's arrays."""
+
+    def __init__(self, of: Adapter, recording: Recording, results: Any, like: View) -> None:
+        super().__init__(of, recording, results, like)
+        self.exchanged: list[int] = []
+        """Arrays that the backend sees with axes 1 and 2 exchanged."""
+        self.operations = [(name, *self.numbered(arguments)) for name, arguments in recording.operations]
+
+    def place(self, workspace: list[StandIn]) -> None:
+        """Each in an array of its own."""
+        for x in workspace:
+            self.places[x.ptr] = Place(self.array_like(x), 0)
+
+    def work(self, arrays: Sequence[NDArray[Any]]) -> None:
+        """The operations."""
         every = list(arrays)
         if self.exchanged:
             every += [arrays[i].swapaxes(1, 2) for i in reversed(self.exchanged)]
         backend = self.recording.backend
-        for operation, arguments, single, several in self.launches:
+        for operation, arguments, single, several in self.operations:
             given = arguments.copy()
             for i, number in single:
                 given[i] = every[number]
@@ -233,8 +127,7 @@ class Plan:
     def number(self, x: StandIn) -> int:
         """Of what it stands for: from the first among the call's arrays, or from the last among those exchanged."""
         if x.ptr == 0:
-            self.makers.append(self.adapter.maker(x.shape, x.dtype, self.like))
-            return len(self.recording.given) + len(self.makers) - 1
+            return self.array_like(x)
         number = self.places[x.ptr].array
         if not x.heads_first:
             return number
@@ -242,17 +135,30 @@ class Plan:
             self.exchanged.append(number)
         return -1 - self.exchanged.index(number)
 
+
+class AddressPlan(Plan):
+    """Of a backend that computes at once: its operations, on arrays that begin at addresses."""
+
+    def place(self, workspace: list[StandIn]) -> None:
+        """All in one array."""
+        rooms: list[int] = []
+        for x in workspace:
+            if not rooms or not ONE_ROOM:
+                rooms.append(0)
+            self.places[x.ptr] = Place(len(self.recording.given) + len(self.makers) + len(rooms) - 1, rooms[-1])
+            rooms[-1] += -(-x.size * x.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        self.makers += [self.adapter.maker((size,), np.dtype(np.uint8), self.like) for size in rooms]
+
+    def work(self, arrays: Sequence[Any]) -> None:
+        """Found where they begin."""
+        pointer = self.adapter.pointer
+        self.enqueue([pointer(x) for x in arrays], self.adapter.stream(self.like))
+
     def enqueue(self, pointers: Sequence[int], stream: int) -> None:
-        """The launches, or the operations. pointers: where the call's arrays, results and workspace begin."""
-        recording = self.recording
-        if not recording.has_launches:
-            for operation, arguments in recording.operations:
-                placed = [self.placed(x, pointers, stream) for x in arguments]
-                getattr(recording.backend, operation)(*placed)
-            return
-        if self.launches is None:  # and not compiled before there is room for what it fills
-            self.launches = recording.backend.prepared(recording.launches, self.places, self.like.device)
-        self.launches(pointers, stream)
+        """The operations. pointers: where the call's arrays, results and workspace begin."""
+        for operation, arguments in self.recording.operations:
+            placed = [self.placed(x, pointers, stream) for x in arguments]
+            getattr(self.recording.backend, operation)(*placed)
 
     def placed(self, value: Any, pointers: Sequence[int], stream: int) -> Any:
         """An operation's argument, with memory."""
@@ -269,19 +175,32 @@ class Plan:
         return value
 
 
+class LaunchPlan(AddressPlan):
+    """Of a backend that records: its launches."""
+
+    launches: Any = None
+
+    def enqueue(self, pointers: Sequence[int], stream: int) -> None:
+        """The launches. pointers: where the call's arrays, results and workspace begin."""
+        if not self.recording.launches:
+            return
+        if self.launches is None:  # and not compiled before there is room for what it fills
+            self.launches = self.recording.backend.prepared(self.recording.launches, self.places, self.like.device)
+        self.launches(pointers, stream)
+
+
+def plan_from(of: Adapter, recording: Recording, results: Any, like: View) -> Plan:
+    """Of what was recorded. of: the adapter of the arrays in calls, which are where `like` is."""
+    at_once = HostPlan if like.device == "cpu" else AddressPlan
+    return (LaunchPlan if recording.has_launches else at_once)(of, recording, results, like)
+
+
 def finder(numbers: list[int]) -> Callable[[list[Any]], Sequence[Any]]:
     """What finds the entries of these numbers in a list."""
     if len(numbers) > 1:
         return itemgetter(*numbers)
     (number,) = numbers
     return itemgetter(slice(number, number + 1 or None))  # as a list of one; the last is -1
-
-
-def leaves(results: Any) -> list[StandIn]:
-    """The arrays in what a call returns."""
-    if results is None:
-        return []
-    return [x for part in results for x in leaves(part)] if isinstance(results, (tuple, Selection)) else [results]
 
 
 def filled(results: Any, arrays: Iterator[Any]) -> Any:
@@ -462,7 +381,7 @@ def record(function: Callable[..., Any], of: Adapter, given: dict[str, Any], opt
     stand_ins = {name: recording.argument(x, of) for name, x in given.items()}
     results = function(**stand_ins, **options)
     like = of.view(next(iter(given.values())))
-    return Plan(of, recording, results, like) if recording.has_launches or like.device == "cpu" else None
+    return plan_from(of, recording, results, like) if recording.has_launches or like.device == "cpu" else None
 
 
 def keep(key: Any, plan: Plan | None) -> None:

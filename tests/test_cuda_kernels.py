@@ -33,6 +33,7 @@ from llsa_np.gpu.cupy_raw.levels import LEVEL, MOST_LEVELS
 from llsa_np.gpu.cupy_raw.specialisations import BLOCK_SIZES, PORTABLE_SHARED, Tile, all_tiles
 from llsa_np.hierarchy import Hierarchy
 from llsa_np.options import check_attend_options
+from llsa_np.recording import Recording
 
 backends = importlib.import_module("llsa_np.backends")  # whose name in the package is the function's
 
@@ -834,7 +835,7 @@ def test_transpose_is_stable(batch, group, length, columns, parents):
     spare = row_count * columns // split
     of = transpose.Lists(length, row_count, columns, parents, ranges, run, 4, 4, split, spare)
     starts, rows, items = (np.full(size, 2**30, np.int32) for size in transpose.transpose_spaces(lists, of))
-    recording = plans.Recording()
+    recording = Recording()
     arrays = (selected, starts, rows, items)
     stand_ins = [recording.argument(x, numpy_arrays.adapter) for x in arrays]
     transpose.transpose(stand_ins[0], of, kv_heads, *stand_ins[1:], recording)

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from llsa_np import plans
 from llsa_np.adapters import jax_arrays
+from llsa_np.recording import StandIn
 
 OPTIONS = {"block_size": 4, "topk": 2, "levels": 2}
 
@@ -255,16 +258,55 @@ def test_merge_is_differentiable_with_empty_rows():
 
 def test_memory_is_xlas_own(monkeypatch):
     """What the reference reads are the caller's arrays, where they lie."""
-    seen, plain = [], jax_arrays.Plan.compute
+    seen, plain = [], jax_arrays.HostPlan.work
 
     def spied(self, given):
         seen.append([x.__array_interface__["data"][0] for x in given[:3]])
         return plain(self, given)
 
-    monkeypatch.setattr(jax_arrays.Plan, "compute", spied)
+    monkeypatch.setattr(jax_arrays.HostPlan, "work", spied)
     q, k, v = on_jax(arrays(queries=52))
     llsa.attention(q, k, v, **OPTIONS)
     assert seen == [[x.unsafe_buffer_pointer() for x in (q, k, v)]]
+
+
+class Memory:
+    """What lies at a stand-in's address, for NumPy."""
+
+    def __init__(self, of):
+        self.__array_interface__ = {"data": (of.ptr, False), "shape": of.shape, "strides": of.strides, "version": 3}
+        self.__array_interface__["typestr"] = of.dtype.str
+
+
+class FromAddresses(plans.AddressPlan):
+    """As of a backend on a GPU that cannot record its launches: here the reference, on the memory at the addresses."""
+
+    def placed(self, value, pointers, stream):
+        found = super().placed(value, pointers, stream)
+        return np.asarray(Memory(found)) if isinstance(found, StandIn) else found
+
+
+def test_operations_on_arrays_at_addresses(monkeypatch):
+    """With all of the workspace in one buffer of XLA's."""
+    given = arrays(queries=53, keys=29)
+    monkeypatch.setattr(jax_arrays, "plan_from", FromAddresses)
+    jax_arrays.plan_of.cache_clear()
+    jax.clear_caches()
+    try:
+        for layout in ("bhnd", "bnhd"):
+            q, k, v = (x if layout == "bhnd" else x.swapaxes(1, 2).copy() for x in given)
+            options = OPTIONS | {"layout": layout}
+            attention = partial(llsa.attention, return_lse=True, **options)
+            out, pull = jax.vjp(attention, *on_jax((q, k, v)))
+            expected = attention(q, k, v)
+            assert_same(out, expected)
+            dout, dlse = (np.ones_like(x) for x in expected)
+            selection = llsa.select(q, k, **options)
+            gradients = llsa.attend_backward(dout, q, k, v, *expected, selection, dlse=dlse, layout=layout)
+            assert_same(pull((jnp.asarray(dout), jnp.asarray(dlse))), gradients)
+    finally:
+        jax_arrays.plan_of.cache_clear()
+        jax.clear_caches()
 
 
 class Watched(np.ndarray):
