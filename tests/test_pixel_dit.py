@@ -95,6 +95,20 @@ def test_a_run_that_is_killed_as_it_saves_misses_no_step(one_picture, tmp_path, 
     assert "psnr_0.5" in metrics(tmp_path)[1]
 
 
+def test_losses_are_read_together(one_picture, tmp_path, monkeypatch):
+    """At every tenth step and where a checkpoint is, none twice."""
+    read, plain = [], training.Training.losses
+
+    def spied(run):
+        read.append(run.step)
+        return plain(run)
+
+    monkeypatch.setattr(training.Training, "losses", spied)
+    train.main([*SMALL, *one_picture, "--steps", "23", "--every", "15", "--samples", "0", "--out", str(tmp_path)])
+    assert read == [10, 15, 20, 23]
+    assert [row["step"] for row in metrics(tmp_path)] == list(range(1, 24))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [(["--batch", "0"], "--batch: is 0, and is to be 1 or more"), (["--seed", "-1"], "--seed: is -1, and is to be 0")],

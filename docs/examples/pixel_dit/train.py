@@ -35,6 +35,10 @@ PRESETS = {
 }
 
 
+TOGETHER = 10
+"""Steps whose losses are read at once."""
+
+
 def positive(value: str) -> int:
     """A number of things of which there is at least one."""
     number = int(value)
@@ -111,17 +115,21 @@ def main(arguments: list[str] | None = None) -> None:
         log = Log(args.out, training.step) if ranks.rank == 0 else None
         bar = tqdm(total=args.steps, initial=training.step, disable=None if ranks.rank == 0 else True)
         while training.step < args.steps:
-            values = {"loss": training.train_step()}
+            training.train_step()
+            bar.update()
             is_kept = training.step == args.steps or training.step % args.every == 0
-            if is_kept:
-                values |= training.evaluate()
-                training.sample()
-            if log is not None:
-                log.add(training.step, **values)
+            if not is_kept and training.step % TOGETHER:
+                continue
+            for step, loss in training.losses():
+                values = {"loss": loss}
+                if is_kept and step == training.step:
+                    values |= training.evaluate()
+                    training.sample()
+                if log is not None:
+                    log.add(step, **values)
             if is_kept:
                 training.save()  # last: what was logged of steps after a checkpoint is logged again
             bar.set_postfix(loss=f"{training.recent_loss:.3f}")
-            bar.update()
 
 
 if __name__ == "__main__":

@@ -104,8 +104,9 @@ class Training:
         torch.manual_seed(args.seed)
         self.model = PixelDiT(self.config, ranks.mesh).to(ranks.device)
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
-        self.optimiser = torch.optim.AdamW(self.model.parameters(), args.rate)
+        self.optimiser = torch.optim.AdamW(self.model.parameters(), args.rate, fused=True)
         self.step, self.first_loss, self.recent_loss = 0, math.nan, math.nan
+        self.not_read: list[Tensor] = []
         self.resume()
         self.trained: nn.Module = self.model
         if args.compile:
@@ -128,8 +129,8 @@ class Training:
         x, noise, t = (part.to(self.ranks.device, non_blocking=True) for part in batch)
         return Batch(self.grid.tokens(x), self.grid.tokens(noise), t)
 
-    def train_step(self) -> float:
-        """One step of AdamW; the loss, over all processes."""
+    def train_step(self) -> None:
+        """One step of AdamW, which nobody waits for."""
         batch = self.tokens(next(self.drawn))
         loss = loss_of(velocity_by(self.trained, self.grid), *batch, self.scale)
         self.optimiser.zero_grad()
@@ -138,19 +139,25 @@ class Training:
         self.optimiser.step()
         self.average.update_parameters(self.model)
         self.step += 1
-        return self.judged(loss.detach())
+        self.not_read.append(loss.detach())
 
-    def judged(self, loss: Tensor) -> float:
-        """The loss as a number, unless training has come to nothing."""
-        value = self.over_ranks(loss).item()
-        self.recent_loss = value if math.isnan(self.recent_loss) else 0.95 * self.recent_loss + 0.05 * value
-        self.first_loss = value if math.isnan(self.first_loss) else self.first_loss
-        if not math.isfinite(value) or self.recent_loss > 5 * self.first_loss:
-            raise FloatingPointError(
-                f"train: the loss is {value:.3g} at step {self.step}, and was {self.first_loss:.3g} at first: training "
-                f"diverges. Use a lower --rate than {self.args.rate:g}; {self.file} is of an earlier step"
-            )
-        return value
+    def losses(self) -> Iterator[tuple[int, float]]:
+        """Each step and its loss, over all processes, since they were read last, unless training has come to nothing.
+
+        Numbers are there when the device has come so far. While it is waited for, nothing is enqueued, so losses of
+        several steps are read together.
+        """
+        values = self.over_ranks(torch.stack(self.not_read)).tolist()
+        self.not_read.clear()
+        for step, value in enumerate(values, self.step - len(values) + 1):
+            self.recent_loss = value if math.isnan(self.recent_loss) else 0.95 * self.recent_loss + 0.05 * value
+            self.first_loss = value if math.isnan(self.first_loss) else self.first_loss
+            if not math.isfinite(value) or self.recent_loss > 5 * self.first_loss:
+                raise FloatingPointError(
+                    f"train: the loss is {value:.3g} at step {step}, and was {self.first_loss:.3g} at first: training "
+                    f"diverges. Use a lower --rate than {self.args.rate:g}; {self.file} is of an earlier step"
+                )
+            yield step, value
 
     def over_ranks(self, values: Tensor) -> Tensor:
         """Their mean over all processes."""
