@@ -86,7 +86,7 @@ class Plan(ABC):
 
 
 class HostPlan(Plan):
-    """Of a backend that computes at once: its operations, on the host's arrays."""
+    """Of a backend that computes at once: its operations, on the host's arrays themselves."""
 
     def __init__(self, of: Adapter, recording: Recording, results: Any, like: View) -> None:
         super().__init__(of, recording, results, like)
@@ -137,10 +137,10 @@ class HostPlan(Plan):
 
 
 class AddressPlan(Plan):
-    """Of a backend that computes at once: its operations, on arrays that begin at addresses."""
+    """Of arrays that are known by where they begin."""
 
     def place(self, workspace: list[StandIn]) -> None:
-        """All in one array."""
+        """All in one array, if it may be so."""
         rooms: list[int] = []
         for x in workspace:
             if not rooms or not ONE_ROOM:
@@ -154,8 +154,30 @@ class AddressPlan(Plan):
         pointer = self.adapter.pointer
         self.enqueue([pointer(x) for x in arrays], self.adapter.stream(self.like))
 
+    @abstractmethod
     def enqueue(self, pointers: Sequence[int], stream: int) -> None:
-        """The operations. pointers: where the call's arrays, results and workspace begin."""
+        """Have the results filled. pointers: where the call's arrays, results and workspace begin."""
+
+
+class LaunchPlan(AddressPlan):
+    """Of a backend that records: its launches."""
+
+    launches: Any = None
+
+    def enqueue(self, pointers: Sequence[int], stream: int) -> None:
+        """The launches."""
+        if not self.recording.launches:
+            return
+        if self.launches is None:  # and not compiled before there is room for what it fills
+            self.launches = self.recording.backend.prepared(self.recording.launches, self.places, self.like.device)
+        self.launches(pointers, stream)
+
+
+class OperationPlan(AddressPlan):
+    """Of a backend that enqueues at once: its operations, on stand-ins that have memory."""
+
+    def enqueue(self, pointers: Sequence[int], stream: int) -> None:
+        """The operations."""
         for operation, arguments in self.recording.operations:
             placed = [self.placed(x, pointers, stream) for x in arguments]
             getattr(self.recording.backend, operation)(*placed)
@@ -175,23 +197,9 @@ class AddressPlan(Plan):
         return value
 
 
-class LaunchPlan(AddressPlan):
-    """Of a backend that records: its launches."""
-
-    launches: Any = None
-
-    def enqueue(self, pointers: Sequence[int], stream: int) -> None:
-        """The launches. pointers: where the call's arrays, results and workspace begin."""
-        if not self.recording.launches:
-            return
-        if self.launches is None:  # and not compiled before there is room for what it fills
-            self.launches = self.recording.backend.prepared(self.recording.launches, self.places, self.like.device)
-        self.launches(pointers, stream)
-
-
 def plan_from(of: Adapter, recording: Recording, results: Any, like: View) -> Plan:
     """Of what was recorded. of: the adapter of the arrays in calls, which are where `like` is."""
-    at_once = HostPlan if like.device == "cpu" else AddressPlan
+    at_once = HostPlan if like.device == "cpu" else OperationPlan
     return (LaunchPlan if recording.has_launches else at_once)(of, recording, results, like)
 
 

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 
 import frameworks
@@ -226,12 +226,12 @@ def pytest_runtest_makereport(item, call):
 
 def pytest_terminal_summary(terminalreporter):
     """Which backends ran, and why others did not: a green run cannot hide one. And which kernels were compiled."""
-    counts, compiled, of = Counter(), [], 0
+    told = defaultdict(list)
     for status in ("passed", "failed"):
         for report in terminalreporter.stats.get(status, []):
-            counts.update(value for key, value in report.user_properties if key == "backend")
-            compiled += [value for key, value in report.user_properties if key == "compiled"]
-            of = max([of, *(value for key, value in report.user_properties if key == "compiled of")])
+            for key, value in report.user_properties:
+                told[key].append(value)
+    counts = Counter(told["backend"])
     terminalreporter.section("backends")
     for name, reasons in llsa.backends().items():
         line = (
@@ -240,6 +240,7 @@ def pytest_terminal_summary(terminalreporter):
             else f"{name}: not run: {'; '.join(reasons)}"
         )
         terminalreporter.write_line(line)
-    if compiled:
-        told = ", ".join(sorted(compiled))
-        terminalreporter.write_line(f"compiled, {len(compiled)} of {of}: {told}. `make kernels` compiles the others")
+    if told["compiled"]:
+        tiles = ", ".join(sorted(told["compiled of"]))
+        number = f"{sum(told['compiled'])} of {max(told['programs'])} programs"
+        terminalreporter.write_line(f"compiled: {number}, of {tiles}. `make kernels` compiles the others")

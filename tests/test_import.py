@@ -20,7 +20,7 @@ def fresh(code, *options):
 
 
 def test_import_loads_no_framework():
-    """Nor what is slow to load in the standard library: it would take longer than all of this package."""
+    """Nor parts of the standard library that take long to load and that it does not need."""
     loaded = fresh(LOADED).split()
     ours = {"llsa_np", "numpy", "_editable_impl_llsa_np", "__editable___llsa_np_0_1_0_finder"}
     top = {name.partition(".")[0] for name in loaded}

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 
 from llsa_np import plans
 from llsa_np.adapters import jax_arrays
+from llsa_np.backends import Room
 from llsa_np.recording import StandIn
 
 OPTIONS = {"block_size": 4, "topk": 2, "levels": 2}
@@ -278,11 +279,14 @@ class Memory:
         self.__array_interface__["typestr"] = of.dtype.str
 
 
-class FromAddresses(plans.AddressPlan):
+class FromAddresses(plans.OperationPlan):
     """As of a backend on a GPU that cannot record its launches: here the reference, on the memory at the addresses."""
 
     def placed(self, value, pointers, stream):
         found = super().placed(value, pointers, stream)
+        if isinstance(value, Room):
+            assert found.stream == stream == 0
+            assert value.stream is self.recording
         return np.asarray(Memory(found)) if isinstance(found, StandIn) else found
 
 

@@ -95,6 +95,30 @@ def test_a_run_that_is_killed_as_it_saves_misses_no_step(one_picture, tmp_path, 
     assert "psnr_0.5" in metrics(tmp_path)[1]
 
 
+def test_where_there_is_a_checkpoint_there_are_weights(one_picture, tmp_path, monkeypatch):
+    """Of a run that is killed between the two, at its last step, the same command makes them."""
+    options = [*SMALL, *one_picture, "--steps", "2", "--samples", "0", "--out", str(tmp_path)]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(options)
+    train.main(options)
+    assert weights.settings_of(tmp_path)["side"] == 8
+
+
+def test_a_run_goes_on_at_another_rate(one_picture, tmp_path):
+    """As the error of one that diverges says."""
+    options = [*SMALL, *one_picture, "--steps", "2", "--samples", "0", "--out", str(tmp_path)]
+    train.main([*options, "--rate", "0.1"])
+    args = train.parsed([*options, "--rate", "0.001"])
+    run = training.Training(args, training.Ranks(0, 0, 1, None, torch.device("cpu")))
+    assert [group["lr"] for group in run.optimiser.param_groups] == [0.001]
+
+
 def test_losses_are_read_together(one_picture, tmp_path, monkeypatch):
     """At every tenth step and where a checkpoint is, none twice."""
     read, plain = [], training.Training.losses
@@ -168,7 +192,8 @@ def test_growing_from_weights_that_were_moved(one_picture, tmp_path, monkeypatch
     of_model, of_average = weights.read(tmp_path / "small")
     for name, x in grown.model.state_dict().items():
         assert torch.equal(x, of_model[name].to(x.dtype))
-    assert of_average["n_averaged"] == 2
+    for name, x in grown.average.state_dict().items():
+        assert torch.equal(x, of_average[name].to(x.dtype))
     args.heads = 1
     with pytest.raises(ValueError, match="is of a model of other sizes than --preset tiny"):
         training.Training(args, training.Ranks(0, 0, 1, None, torch.device("cpu")))
@@ -194,7 +219,9 @@ def test_new_pictures_of_a_run(one_picture, tmp_path):
     assert abs(same - own).max() < 5
     assert abs(made("--pictures", "4", "--seed", "1") - own).max() > 50
     assert abs(made("--pictures", "4", "--steps", "2") - own).max() > 16
-    assert made("--pictures", "5", "--side", "16").shape == (256, 384, 3)
+    larger = made("--pictures", "5", "--side", "16")
+    assert larger.shape == (256, 384, 3)
+    assert (larger[8:16] != larger[:8]).any(), "a pixel of side 16 is drawn 8 wide, one of side 8 twice that"
     with pytest.raises(FileNotFoundError, match="has no weights-"):
         sample.main([str(tmp_path), "--out", str(tmp_path / "new.png")])
     safetensors.torch.save_file({"x": torch.ones(1)}, tmp_path / "weights-00.safetensors")

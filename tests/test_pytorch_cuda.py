@@ -185,3 +185,30 @@ def test_another_device(backend):
     assert_equal([x.to("cuda:0") for x in results], expected)
     with pytest.raises(ValueError, match="q is on cuda:0 and k on cuda:1"):
         llsa.attention(q, there[1], v, backend=backend, **OPTIONS)
+
+
+def test_a_training_step_of_the_example_waits_for_nothing(backend, tmp_path):
+    """So that the host enqueues the next while the GPU works; PyTorch raises where it would wait."""
+    if backend != "cupy_raw":
+        pytest.skip("the example's attention takes cupy_raw")
+    for name in ("safetensors", "tensorboard", "tqdm"):
+        pytest.importorskip(name)
+    import train
+    import training
+    from PIL import Image
+
+    for i in range(2):
+        Image.new("RGB", (16, 16), (100 * i, 50, 50)).save(tmp_path / f"{i}.png")
+    options = ["--side", "16", "--batch", "4", "--images", str(tmp_path), "--workers", "0", "--out", str(tmp_path)]
+    run = training.Training(train.parsed(options), training.Ranks(0, 0, 1, None, torch.device("cuda")))
+    for _ in range(3):
+        run.train_step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            run.train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    losses = dict(run.losses())
+    assert list(losses) == [1, 2, 3, 4, 5, 6]
+    assert all(0 < loss < 10 for loss in losses.values())

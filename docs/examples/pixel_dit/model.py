@@ -14,6 +14,9 @@ from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 import llsa_np as llsa
 
+CHANNELS = 3
+"""Of a pixel."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -62,11 +65,11 @@ class Grid:
         self.rotation = angles.cos(), angles.sin()
 
     def tokens(self, images: Tensor) -> Tensor:
-        """(batch, 3, side, side) -> this process's tokens (batch, tokens, 3)."""
+        """(batch, channels, side, side) -> this process's tokens (batch, tokens, channels)."""
         return images.flatten(2).mT[:, self.own]
 
     def images(self, tokens: Tensor) -> Tensor:
-        """All tokens (batch, side * side, 3) -> (batch, 3, side, side)."""
+        """All tokens (batch, side * side, channels) -> (batch, channels, side, side)."""
         return tokens[:, self.inverse].mT.unflatten(2, (self.side, self.side))
 
 
@@ -100,12 +103,12 @@ class Block(nn.Module):
 
 
 class PixelDiT(nn.Module):
-    """The velocity of every pixel token at times in 0..1: (batch, tokens, 3), (batch,) -> (batch, tokens, 3)."""
+    """The velocity of pixels at times in 0..1: (batch, tokens, channels), (batch,) -> (batch, tokens, channels)."""
 
     def __init__(self, config: Config, mesh: DeviceMesh | None = None) -> None:
         super().__init__()
         hidden, attend = config.hidden, attention_of(config, mesh)
-        self.enter, self.leave = nn.Linear(3, hidden), zero(nn.Linear(hidden, 3))
+        self.enter, self.leave = nn.Linear(CHANNELS, hidden), zero(nn.Linear(hidden, CHANNELS))
         self.time = nn.Sequential(nn.Linear(256, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
         self.blocks = nn.ModuleList(Block(config, attend) for _ in range(config.layers))
         self.norm, self.modulation = nn.LayerNorm(hidden, elementwise_affine=False), zero(nn.Linear(hidden, 2 * hidden))

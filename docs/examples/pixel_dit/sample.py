@@ -10,8 +10,7 @@ import torch
 import weights
 from flow import noise_scale, sampled
 from images import save_grid
-from model import Config, Grid, PixelDiT, velocity_by
-from torch.optim.swa_utils import AveragedModel
+from model import CHANNELS, Config, Grid, PixelDiT, velocity_by
 from train import natural, positive
 
 
@@ -27,16 +26,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
     parser.add_argument("--out", type=Path, required=True, help="a PNG")
     args = parser.parse_args(arguments)
-    settings = weights.settings(args.run)
+    settings = weights.settings_of(args.run)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     side = args.side or settings["side"]
     config = Config(**{name: value for name, value in settings.items() if name != "side"})
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = AveragedModel(PixelDiT(config).to(device))
+    model = PixelDiT(config).to(device)
     model.load_state_dict(weights.read(args.run)[1])
     grid = Grid(side, config, device)
     velocity = velocity_by(model, grid)
     generator = torch.Generator(device).manual_seed(args.seed)
-    noise = torch.randn((args.pictures, 3, side, side), generator=generator, device=device)
+    noise = torch.randn((args.pictures, CHANNELS, side, side), generator=generator, device=device)
     pictures = [
         grid.images(sampled(velocity, grid.tokens(part), noise_scale(side), args.steps))
         for part in noise.split(args.batch)

@@ -31,7 +31,7 @@ class Preset(NamedTuple):
 PRESETS = {
     "tiny": Preset(hidden=64, heads=2, layers=2, side=16, batch=8, steps=300, rate=1e-3, ema=0.98),
     "small": Preset(hidden=192, heads=3, layers=6, side=64, batch=32, steps=20_000, rate=3e-4, ema=0.999),
-    "paper": Preset(hidden=384, heads=6, layers=12, side=128, batch=64, steps=200_000, rate=1e-4, ema=0.9999),
+    "paper": Preset(hidden=384, heads=6, layers=12, side=128, batch=16, steps=200_000, rate=1e-4, ema=0.9999),
 }
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import math
 import os
@@ -16,11 +17,11 @@ import torch.distributed as dist
 import weights
 from flow import loss_of, noise_scale, sampled
 from images import Pictures, folder, photographs, save_grid
-from model import Config, Grid, PixelDiT, velocity_by
+from model import CHANNELS, Config, Grid, PixelDiT, velocity_by
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -103,7 +104,8 @@ class Training:
         self.pictures, self.held_out = folder(args.images, args.side) if args.images else photographs(args.side)
         torch.manual_seed(args.seed)
         self.model = PixelDiT(self.config, ranks.mesh).to(ranks.device)
-        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.follow = get_ema_multi_avg_fn(args.ema)  # AveragedModel waits for a GPU at every step
         self.optimiser = torch.optim.AdamW(self.model.parameters(), args.rate, fused=True)
         self.step, self.first_loss, self.recent_loss = 0, math.nan, math.nan
         self.not_read: list[Tensor] = []
@@ -137,7 +139,7 @@ class Training:
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
-        self.average.update_parameters(self.model)
+        self.follow(list(self.average.parameters()), list(self.model.parameters()), self.step)
         self.step += 1
         self.not_read.append(loss.detach())
 
@@ -169,7 +171,6 @@ class Training:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Of held-out pictures, the average's loss, and the PSNR in dB of denoising in one step, at fixed times."""
-        self.average.eval()
         velocity = velocity_by(self.average, self.grid)
         losses = torch.zeros(len(TIMES), device=self.ranks.device)
         for drawn in self.draws(self.held_out, range(HELD_OUT_SEEDS, HELD_OUT_SEEDS + HELD_OUT_BATCHES)):
@@ -186,7 +187,7 @@ class Training:
         """New pictures, by the average of the weights, into samples-<step>.png."""
         if self.args.samples == 0:
             return
-        shape = (self.args.samples, 3, self.args.side, self.args.side)
+        shape = (self.args.samples, CHANNELS, self.args.side, self.args.side)
         generator = torch.Generator(self.ranks.device).manual_seed(self.args.seed)
         noise = self.grid.tokens(torch.randn(shape, generator=generator, device=self.ranks.device))
         tokens = sampled(velocity_by(self.average, self.grid), noise, self.scale)
@@ -217,9 +218,8 @@ class Training:
         }
         part = self.file.with_suffix(".part")
         torch.save(state, part)
-        part.replace(self.file)
-        settings = state["config"] | {"side": self.args.side}
-        weights.write(self.args.out, state["model"], state["average"], settings)
+        weights.write(self.args.out, state["model"], state["average"], state["config"] | {"side": self.args.side})
+        part.replace(self.file)  # last: where there is a checkpoint, there are weights
 
     def resume(self) -> None:
         """From this run's checkpoint, or with --start from another run's weights."""
@@ -228,6 +228,8 @@ class Training:
             if state["config"] != dataclasses.asdict(self.config):
                 raise ValueError(f"train: {self.file} is of another model, {state['config']}; use another --out")
             self.optimiser.load_state_dict(state["optimiser"])
+            for group in self.optimiser.param_groups:
+                group["lr"] = self.args.rate  # which may be another than before
             self.step, (self.first_loss, self.recent_loss) = state["step"], state["losses"]
         elif self.args.start is not None and (other := self.args.start / self.file.name).exists():
             state = torch.load(other, map_location=self.ranks.device, weights_only=True)

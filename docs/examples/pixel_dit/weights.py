@@ -22,17 +22,20 @@ KINDS = ("model.", "average.")
 Weights = dict[str, Tensor]
 
 
-def write(folder: Path, model: Weights, average: Weights, settings: dict[str, Any]) -> None:
+def write(folder: Path, model: Weights, average: Weights, of: dict[str, Any]) -> None:
     """weights-00.safetensors, weights-01.safetensors, ... in the place of those that are there.
 
-    settings: of the model that they are for, which each file tells.
+    of: the settings of the model that they are for, which each file tells.
     """
     tensors = {f"model.{name}": x for name, x in model.items()} | {f"average.{name}": x for name, x in average.items()}
     kept = {name: x.to("cpu", torch.bfloat16 if x.is_floating_point() else x.dtype) for name, x in tensors.items()}
+    written = [folder / f"weights-{i:02}.part" for i, _ in enumerate(parts(kept))]
+    for path, part in zip(written, parts(kept)):
+        save_file(part, path, {"settings": json.dumps(of)})
     for old in folder.glob("weights-*.safetensors"):
         old.unlink()
-    for i, part in enumerate(parts(kept)):
-        save_file(part, folder / f"weights-{i:02}.safetensors", {"settings": json.dumps(settings)})
+    for path in written:
+        path.replace(path.with_suffix(".safetensors"))
 
 
 def parts(tensors: Weights) -> Iterator[Weights]:
@@ -54,13 +57,13 @@ def read(folder: Path) -> tuple[Weights, Weights]:
     return of["model."], of["average."]
 
 
-def settings(folder: Path) -> dict[str, Any]:
+def settings_of(folder: Path) -> dict[str, Any]:
     """Of the model whose weights lie there."""
     path = files(folder)[0]
     with safe_open(path, "pt") as file:
         told = file.metadata() or {}
     if "settings" not in told:
-        raise ValueError(f"{path} does not say what model it is of, as those do that train.py writes")
+        raise ValueError(f"sample: {path} does not say what model it is of; train.py writes such that do, at any step")
     found: dict[str, Any] = json.loads(told["settings"])
     return found
 
@@ -69,5 +72,7 @@ def files(folder: Path) -> list[Path]:
     """Those of a run."""
     found = sorted(folder.glob("weights-*.safetensors"))
     if not found:
-        raise FileNotFoundError(f"{folder} has no weights-*.safetensors; give the --out of a run that has saved")
+        raise FileNotFoundError(
+            f"pixel_dit: {folder} has no weights-*.safetensors; give the --out of a run that has saved"
+        )
     return found
