@@ -15,11 +15,6 @@ from llsa_np.tiles import MOST_QUERIES, PIECE_BYTES, Floats, Siblings, gather, p
 ROW_ARRAYS = 8
 """How many arrays as large as a tile's scores are alive at once, at most: scores, keys, comparisons, their sums."""
 
-LANES = 16
-"""Candidates are scored in multiples of this many, and every piece of a row in as many as the first: BLAS sums the last
-few rows of a matrix, and matrices of another size, in another order, and equal keys must score equally wherever they
-stand."""
-
 
 def select(
     q_levels: list[Floats],
@@ -63,8 +58,8 @@ def select_level(
         candidates = min(candidates, above.shape[1] * block_size)
     itemsize = np.dtype(accumulator(q.dtype)).itemsize
     most = min(MOST_QUERIES, PIECE_BYTES // (ROW_ARRAYS * candidates * itemsize))
-    if above is not None:  # each group has keys of its own, LANES of them at least
-        most = min(most, block_size * max(1, PIECE_BYTES // (2 * LANES * q.shape[1] * itemsize)))
+    if above is not None:  # each group has keys of its own, a block of them at least
+        most = min(most, block_size * max(1, PIECE_BYTES // (2 * block_size * q.shape[1] * itemsize)))
     for tile in tiles(len(q), block_size, max(1, most)):
         blocks = siblings(level, hierarchy, None if above is None else above[tile.ancestors(block_size)])
         rows = slice(tile.first, tile.first + tile.size)
@@ -75,16 +70,14 @@ def select_tile(q: Floats, k: Floats, blocks: Siblings, count: int) -> NDArray[n
     """S_l of one tile of level-l queries, (T, count): score all candidates, keep the best of each row."""
     acc = accumulator(q.dtype)
     groups = len(blocks.parents)
-    queries = q.astype(acc).reshape(groups, -1, q.shape[1]).swapaxes(1, 2)  # (G, D, W)
+    queries = q.astype(acc, order="C").reshape(groups, -1, q.shape[1])  # (G, W, D)
     scores, tokens = [], []
-    lanes = 0
     for piece in pieces(blocks, 2 * groups * q.shape[1] * queries.itemsize):
-        length = piece.tokens.shape[1]
-        lanes = lanes or -(-length // LANES) * LANES  # the first piece is the longest
-        padded = piece._replace(tokens=np.pad(piece.tokens, ((0, 0), (0, lanes - length))), absent=None)
-        scores.append((gather(k, padded, acc) @ queries)[:, :length])  # (G, C, W)
+        # Not by BLAS, six to ten times as fast: it sums the last rows of a matrix, and matrices of other sizes, in other
+        # orders, and equal keys must score equally wherever they stand. einsum sums every pair's products in one order.
+        scores.append(np.einsum("gwd,gcd->gwc", queries, gather(k, piece, acc)))  # (G, W, C)
         tokens.append(piece.tokens if piece.absent is None else np.where(piece.absent, -1, piece.tokens))
-    rows = np.concatenate(scores, axis=1).swapaxes(1, 2)  # (G, W, C)
+    rows = np.concatenate(scores, axis=2)  # (G, W, C)
     token = np.concatenate(tokens, axis=1)[:, None, :]  # (G, 1, C)
     best = keep_best(order(rows, token < 0), count)  # (G, W, C)
     kept = np.full((len(q), count), -1, np.int32)

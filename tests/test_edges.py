@@ -110,6 +110,8 @@ def test_equal_scores_go_to_the_lower_index(backend, framework, dtype):
         ("float64", 8192, 192, {}),
         ("float32", 8192, 128, {"levels": 2, "topk": 17}),
         ("bfloat16", 4096, 64, {"levels": 1, "topk": 40, "block_size": 2}),
+        ("float64", 3143, 64, {"levels": 1, "topk": 1, "block_size": 7}),
+        ("float32", 7168, 48, {"levels": 2, "topk": 3, "block_size": 12}),
     ],
 )
 @pytest.mark.skipif(SIMULATED or EMULATED, reason="thousands of candidates take hours where threads are simulated")
@@ -259,7 +261,8 @@ def test_unchecked_indices_out_of_range_count_as_absent(backend, framework, garb
 
 
 def test_slices_of_queries(backend, framework):
-    """A slice that starts at a multiple of b**L and ends at one, or at M, gives the slice of the result."""
+    """A slice that starts at a multiple of b**L and ends at one, or at M, gives the slice of the result: bit for bit on
+    a GPU, while NumPy's BLAS may sum products of other sizes in another order."""
     case = Case(
         dtype="float32", block_size=4, levels=2, query_tokens=45, key_tokens=50 if SIMULATED else 200, dim=8
     ).served()
@@ -269,16 +272,15 @@ def test_slices_of_queries(backend, framework):
     whole = run(case, backend, framework, (q, k, v, dout, dlse))
     for first, last in ((0, span), (span, 2 * span), (2 * span, 2 * span + 13), (span, 2 * span + 13)):
         rows = slice(first, last)
-        part = run(
-            case.but(query_tokens=last - first),
-            backend,
-            framework,
-            (q[:, :, rows], k, v, dout[:, :, rows], dlse[:, :, rows]),
-        )
+        own, arrays = case.but(query_tokens=last - first), (q[:, :, rows], k, v, dout[:, :, rows], dlse[:, :, rows])
+        part = run(own, backend, framework, arrays)
         for level in (1, 2):
             size = case.block_size**level
             there = whole.selection[level][:, :, first // size : -(-last // size)]
             assert np.array_equal(part.selection[level], there)
+        if backend == "numpy":
+            assert_within_bounds(own, part, reference(own, part.selection, arrays))
+            continue
         for name in ("out", "lse", "dq"):
             assert_same_bits(part[name], whole[name][:, :, rows])
 

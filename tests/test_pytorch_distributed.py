@@ -57,14 +57,16 @@ def check_sequence(mesh, heads, kv_heads, queries, keys, layout, trade, uneven=F
     sizes = {"query_tokens": queries, "key_tokens": keys} if uneven else {}
     out, lse = sequence_parallel_attention(*own, mesh, trade=trade, return_lse=True, layout=layout, **sizes, **OPTIONS)
     torch.autograd.backward((out, lse), (part(dout), part(dlse, 2)))
-    assert torch.equal(out, part(expected))
-    assert torch.equal(lse, part(expected_lse, 2))
+    near = {"rtol": 1e-12, "atol": 1e-12}
+    of_outputs = {"rtol": 0, "atol": 0} if trade == "heads" else near  # a part of the queries is tiled by itself
+    torch.testing.assert_close(out, part(expected), **of_outputs)
+    torch.testing.assert_close(lse, part(expected_lse, 2), **of_outputs)
     for x, y in zip(own, whole):
-        torch.testing.assert_close(x.grad, part(y.grad), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(x.grad, part(y.grad), **near)
     alone = sequence_parallel_attention(
         *(x.detach() for x in own), mesh, trade=trade, layout=layout, **sizes, **OPTIONS
     )
-    assert torch.equal(alone, part(expected))
+    torch.testing.assert_close(alone, part(expected), **of_outputs)
 
 
 def on_two_ranks(mesh):
