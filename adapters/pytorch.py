@@ -98,7 +98,7 @@ class TorchAdapter:
         return (
             isinstance(array, torch.Tensor)
             and array.layout is torch.strided
-            and array.device.type in ("cpu", "cuda")
+            and not array.is_nested
             and not array.is_quantized
             and not array.is_conj()
             and not array.is_neg()
@@ -180,13 +180,14 @@ adapter = TorchAdapter()
 # --- operators: what a call is to PyTorch
 
 OF_SELECT = "int block_size, int? levels, int[] topk, bool per_level"
+OF_SELECTION = "SymInt query_tokens, SymInt key_tokens, int block_size"
 OF_ATTEND = "int[]? enrich, bool reweight, float? scale, str layout, str backend, str precision"
 SCHEMAS = {
     "attention": f"(Tensor q, Tensor k, Tensor v, {OF_SELECT}, {OF_ATTEND}) -> (Tensor, Tensor, Tensor[])",
     "select": f"(Tensor q, Tensor k, {OF_SELECT}, str layout, str backend) -> Tensor[]",
-    "attend": f"(Tensor q, Tensor k, Tensor v, Tensor[] selected, int block_size, {OF_ATTEND}) -> (Tensor, Tensor)",
+    "attend": f"(Tensor q, Tensor k, Tensor v, Tensor[] selected, {OF_SELECTION}, {OF_ATTEND}) -> (Tensor, Tensor)",
     "attend_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] selected, "
-    f"Tensor? dlse, bool[] needs, int block_size, {OF_ATTEND}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor? dlse, bool[] needs, {OF_SELECTION}, {OF_ATTEND}) -> (Tensor, Tensor, Tensor)",
     "pool": "(Tensor x, int block_size, int levels, str layout, str backend) -> Tensor[]",
 }
 library = torch.library.Library("llsa", "DEF")
@@ -213,18 +214,28 @@ def attending(options: Sequence[Any]) -> dict[str, Any]:
     return dict(zip(names, options, strict=True))
 
 
+def lengths_of(selection: Selection) -> tuple[int, int, int]:
+    """OF_SELECTION."""
+    return selection.query_tokens, selection.key_tokens, selection.block_size
+
+
 def plain_topk(topk: Sequence[int], per_level: bool) -> Any:
     """As the public functions take it."""
     return tuple(topk) if per_level else topk[0]
 
 
-def selection_of(selected: Sequence[Any], block_size: int, q: Any, k: Any, layout: str) -> Selection:
-    """The Selection of q and k that these tensors are."""
-    batch, heads, queries, _ = axes(q, layout)
+def selection_of(selected: Sequence[Any], query_tokens: int, key_tokens: int, block_size: int) -> Selection:
+    """The Selection that these tensors are, made for so many queries and keys."""
+    batch, heads, *_ = selected[0].shape
     # A compiler warns of the one that remembers
     of = Hierarchy if torch.compiler.is_compiling() else hierarchy_of
-    hierarchies = [of(n, block_size, len(selected)) for n in (queries, axes(k, layout)[2])]
+    hierarchies = [of(n, block_size, len(selected)) for n in (query_tokens, key_tokens)]
     return Selection._made(tuple(selected), batch, heads, tuple(x.shape[3] for x in selected), *hierarchies)
+
+
+def made_for(q: Any, k: Any, block_size: int, layout: str) -> tuple[int, int, int]:
+    """OF_SELECTION of one that was made for q and k."""
+    return axes(q, layout)[2], axes(k, layout)[2], block_size
 
 
 @implements("attention")
@@ -248,10 +259,9 @@ def run_select(
 
 
 @implements("attend")
-def run_attend(q: Any, k: Any, v: Any, selected: Any, block_size: int, *options: Any) -> Any:
+def run_attend(q: Any, k: Any, v: Any, selected: Any, queries: int, keys: int, block_size: int, *options: Any) -> Any:
     """out and lse."""
-    named = attending(options)
-    return plain("attend")(q, k, v, selection_of(selected, block_size, q, k, named["layout"]), **named)
+    return plain("attend")(q, k, v, selection_of(selected, queries, keys, block_size), **attending(options))
 
 
 @implements("attend_backward")
@@ -265,12 +275,13 @@ def run_attend_backward(
     selected: Any,
     dlse: Any,
     needs: Any,
+    queries: int,
+    keys: int,
     block_size: int,
     *options: Any,
 ) -> Any:
     """dq, dk and dv; a tensor without elements for one that is not needed."""
-    named = attending(options)
-    selection = selection_of(selected, block_size, q, k, named["layout"])
+    selection, named = selection_of(selected, queries, keys, block_size), attending(options)
     needed = tuple(name for name, is_needed in zip(NEEDS, needs) if is_needed)
     gradients = plain("attend_backward")(dout, q, k, v, out, lse, selection, dlse=dlse, needs=needed, **named)
     return tuple(q.new_empty(0) if x is None else x for x in gradients)
@@ -336,7 +347,7 @@ def _(q: Any, k: Any, block_size: Any, levels: Any, topk: Any, per_level: Any, l
 
 
 @torch.library.register_fake("llsa::attend", lib=library)
-def _(q: Any, k: Any, v: Any, selected: Any, block_size: Any, *options: Any) -> Any:
+def _(q: Any, k: Any, v: Any, selected: Any, queries: Any, keys: Any, block_size: Any, *options: Any) -> Any:
     return fake_results(q, v, attending(options)["layout"])
 
 
@@ -401,7 +412,8 @@ def save_attention(ctx: Any, inputs: Any, output: Any) -> None:
     out, lse, selected = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, out, lse, *selected)
-    ctx.options = (block_size, *inputs[7:])
+    options = inputs[7:]
+    ctx.options = (*made_for(q, k, block_size, attending(options)["layout"]), *options)
     ctx.of_others = no_gradients(inputs[3:])
 
 
@@ -511,7 +523,7 @@ class EagerAttention(torch.autograd.Function):
         out, lse, *selected = attend_selected(q, k, v, **options)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse, *selected)
-        ctx.given = options
+        ctx.given, ctx.shapes = options, (q.shape, k.shape)
         return out, lse
 
     @staticmethod
@@ -519,7 +531,8 @@ class EagerAttention(torch.autograd.Function):
         of = PARAMETERS["attention"][1] | ctx.given
         scale = None if of["scale"] is None else float(of["scale"])
         options = (of["enrich"], bool(of["reweight"]), scale, of["layout"], of["backend"], of["precision"])
-        ctx.options = (int(of["block_size"]), *options)
+        tokens = ORDER[of["layout"]].index("tokens")
+        ctx.options = (*(shape[tokens] for shape in ctx.shapes), int(of["block_size"]), *options)
         return *gradients(ctx, dout, dlse), None
 
 
@@ -631,7 +644,7 @@ def arguments(name: str, given: tuple[Any, ...], options: dict[str, Any]) -> tup
     values = [by_name[of] for of in arrays]
     if not all(is_tensors(x) for x in values) or not (by_name.get("dlse") is None or is_tensors(by_name["dlse"])):
         return None
-    if not torch.compiler.is_compiling() and not all(type(x) not in PLAIN or adapter.owns(x) for x in values):
+    if not torch.compiler.is_compiling() and not all(map(may_be_traced, values)):
         return None
     return values, {of: by_name.get(of, default) for of, default in defaults.items()}
 
@@ -639,6 +652,13 @@ def arguments(name: str, given: tuple[Any, ...], options: dict[str, Any]) -> tup
 def is_tensors(x: Any) -> bool:
     """Whether this is a tensor, or a Selection of tensors."""
     return isinstance(x, torch.Tensor) or (isinstance(x, Selection) and isinstance(x[1], torch.Tensor))
+
+
+def may_be_traced(x: Any) -> bool:
+    """Whether a tensor is one that backends read, or stands for such; a Selection is."""
+    if isinstance(x, Selection):
+        return True
+    return adapter.owns(x) if type(x) in PLAIN else not x.is_nested
 
 
 def goes_straight(*tensors: torch.Tensor) -> bool:
@@ -760,7 +780,7 @@ def select(*arrays: Any, **options: Any) -> Selection:
     selecting = select_options("select", of)
     layout = check_layout("select", of["layout"])
     selected = ops.select(q, k, *selecting, layout, backend_of("select", of))
-    return selection_of(selected, selecting[0], q, k, layout)
+    return selection_of(selected, *made_for(q, k, selecting[0], layout))
 
 
 def attend(*arrays: Any, **options: Any) -> Any:
@@ -773,7 +793,7 @@ def attend(*arrays: Any, **options: Any) -> Any:
     if goes_straight(q, k, v, *selection):
         return plain("attend")(q, k, v, selection, **of)
     check_shapes("attend", of["layout"], selection, q=q, k=k, v=v)
-    schema = (selection.block_size, *attend_options("attend", of, selection.levels, q.shape[-1]))
+    schema = (*lengths_of(selection), *attend_options("attend", of, selection.levels, q.shape[-1]))
     if torch.compiler.is_compiling():
         refuse_forward_mode()
         return ops.attend(q, k, v, list(selection), *schema)
@@ -786,12 +806,13 @@ def attend_backward(*arrays: Any, **options: Any) -> Any:
     if given is None or not isinstance(given[0][6], Selection):
         return plain("attend_backward")(*arrays, **options)
     (dout, q, k, v, out, lse, selection), of = given
+    dout, q, k, v, out = cast(dout, q, k, v, out)
     dlse = [] if of["dlse"] is None else [of["dlse"]]
     if goes_straight(dout, q, k, v, out, lse, *selection, *dlse):
         return plain("attend_backward")(dout, q, k, v, out, lse, selection, **of)
     needed = check_needs("attend_backward", of["needs"])
     check_shapes("attend_backward", of["layout"], selection, q=q, k=k, v=v)
-    schema = (selection.block_size, *attend_options("attend_backward", of, selection.levels, q.shape[-1]))
+    schema = (*lengths_of(selection), *attend_options("attend_backward", of, selection.levels, q.shape[-1]))
     needs = [name in needed for name in NEEDS]
     if torch.compiler.is_compiling():
         refuse_forward_mode()
@@ -870,6 +891,9 @@ class LLSASelfAttention(torch.nn.Module):
         if unknown:
             raise TypeError(f"LLSASelfAttention: got {', '.join(sorted(unknown))}; options are those of attention")
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
+        enrich = as_tuple(options.get("enrich"))
+        if enrich is not None:  # of what can be had only once, too
+            options["enrich"] = enrich
         of = PARAMETERS["attention"][1] | options
         block_size, levels, topk, per_level = select_options(who, of)  # plain integers, whatever was given
         attend_options(who, of, levels, self.head_dim)
@@ -923,6 +947,10 @@ def sdpa(
     ):
         if given:
             raise NotImplementedError(f"sdpa: cannot honour {words}")
+    if options.get("layout", "bhnd") != "bhnd":
+        raise ValueError(
+            f"sdpa: layout is {options['layout']!r}; allowed is 'bhnd', as torch's own has it. Use llsa_np.attention"
+        )
     if not enable_gqa and query.ndim == key.ndim == 4 and query.shape[1] != key.shape[1]:
         raise ValueError(
             f"sdpa: query has {query.shape[1]} heads and key {key.shape[1]}; allowed only with enable_gqa=True"
@@ -942,4 +970,21 @@ def _unflatten(arrays: Any, made_for: Any) -> Selection:
     return Selection._made(tuple(arrays), *made_for)
 
 
-pytree.register_pytree_node(Selection, _flatten, _unflatten, serialized_type_name="llsa_np.Selection")
+def _to_file(made_for: Any) -> Any:
+    batch, heads, topk, queries, keys = made_for
+    return [batch, heads, list(topk), queries.tokens, keys.tokens, keys.block_size, keys.levels]
+
+
+def _from_file(told: Any) -> Any:
+    batch, heads, topk, *tokens, block_size, levels = told
+    return batch, heads, tuple(topk), *(hierarchy_of(n, block_size, levels) for n in tokens)
+
+
+pytree.register_pytree_node(
+    Selection,
+    _flatten,
+    _unflatten,
+    serialized_type_name="llsa_np.Selection",
+    to_dumpable_context=_to_file,
+    from_dumpable_context=_from_file,
+)

@@ -32,8 +32,12 @@ def merge(*pairs: tuple[Any, Any], layout: Layout = "bhnd") -> tuple[Any, Any]:
     if not pairs:
         raise ValueError(f"{who}: got no pairs; allowed is one or more (out, lse)")
     for i, pair in enumerate(pairs):
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        if not isinstance(pair, (tuple, list)):
             raise TypeError(f"{who}: pair {i} is a {type_name(pair)}; allowed is a tuple (out, lse)")
+        if len(pair) != 2:
+            raise TypeError(f"{who}: pair {i} is a {type_name(pair)} of {len(pair)}; allowed is a tuple (out, lse)")
+        if all(isinstance(x, (tuple, list)) for x in pair):
+            raise TypeError(f"{who}: pair {i} holds a {type_name(pair[0])}; give each pair by itself, merge(*pairs)")
     outs = {f"out of pair {i}": pair[0] for i, pair in enumerate(pairs)}
     lses = {f"lse of pair {i}": pair[1] for i, pair in enumerate(pairs)}
     adapter = common_adapter(who, outs | lses)

@@ -75,7 +75,9 @@ def check_topk(who: str, topk: Any, levels: int) -> tuple[int, ...]:
 
 def as_tuple(values: Any) -> tuple[Any, ...] | None:
     """The entries of a sequence; None of what is none, a string or an array without axes among them."""
-    if isinstance(values, (str, bytes)) or getattr(values, "ndim", 1) == 0 or not isinstance(values, Iterable):
+    if isinstance(values, (str, bytes, int)):  # an integer that a compiler leaves open has no other attributes
+        return None
+    if getattr(values, "ndim", 1) == 0 or not isinstance(values, Iterable):
         return None
     return tuple(values)
 
@@ -126,7 +128,7 @@ def check_scale(who: str, scale: Any, dim: int) -> float:
         number = float(scale) if isinstance(scale, Real) and not flag else math.nan
     except OverflowError:
         number = math.inf
-    if not (math.isfinite(number) and number > 0):
+    if not 0 < number < math.inf:
         raise ValueError(f"{who}: scale is {scale!r}; {allowed}")
     return number
 

@@ -73,8 +73,8 @@ def select_tile(q: Floats, k: Floats, blocks: Siblings, count: int) -> NDArray[n
     queries = q.astype(acc, order="C").reshape(groups, -1, q.shape[1])  # (G, W, D)
     scores, tokens = [], []
     for piece in pieces(blocks, 2 * groups * q.shape[1] * queries.itemsize):
-        # Not by BLAS, six to ten times as fast: it sums the last rows of a matrix, and matrices of other sizes, in other
-        # orders, and equal keys must score equally wherever they stand. einsum sums every pair's products in one order.
+        # Not by BLAS, six to ten times as fast: it sums the last rows of a matrix, and matrices of other sizes, in
+        # other orders, and equal keys must score equally wherever they stand. einsum has one order for every pair.
         scores.append(np.einsum("gwd,gcd->gwc", queries, gather(k, piece, acc)))  # (G, W, C)
         tokens.append(piece.tokens if piece.absent is None else np.where(piece.absent, -1, piece.tokens))
     rows = np.concatenate(scores, axis=2)  # (G, W, C)

@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import io
 import shutil
 import types
 import weakref
@@ -199,12 +200,13 @@ def operators():
         yield "attention", (q, k, v, 4, None, [2], False, [], True, None, "bhnd", "auto", "full")
         yield "select", (q.detach(), k.detach(), 4, 2, [3, 2], True, "bhnd", "auto")
         selected = torch.ops.llsa.select(q.detach(), k.detach(), 4, 2, [2], False, "bhnd", "auto")
-        yield "attend", (q, k, v, selected, 4, *attending)
-        yield "attend", (q, k, v, selected, 4, [], *attending[1:])
+        made_for = q.shape[2], k.shape[2], 4
+        yield "attend", (q, k, v, selected, *made_for, *attending)
+        yield "attend", (q, k, v, selected, *made_for, [], *attending[1:])
         q, k, v = (x.detach() for x in (q, k, v))
-        out, lse = torch.ops.llsa.attend(q, k, v, selected, 4, *attending)
+        out, lse = torch.ops.llsa.attend(q, k, v, selected, *made_for, *attending)
         for needs in ([True, True, True], [False, True, False]):
-            yield "attend_backward", (out, q, k, v, out, lse, selected, lse, needs, 4, *attending)
+            yield "attend_backward", (out, q, k, v, out, lse, selected, lse, needs, *made_for, *attending)
         yield "pool", (q.clone().requires_grad_(), 4, 2, "bnhd", "auto")
 
 
@@ -289,6 +291,60 @@ def test_compile_with_options(options):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(("option", "values"), [("topk", (3, 2, 1)), ("scale", (0.5, 0.25, 1.5))])
+def test_compile_with_an_option_that_changes(option, values, dynamic):
+    """Which the compiler leaves open: K that is lowered in training, layers of several scales."""
+
+    def call(q, k, v, value):
+        return llsa.attention(q, k, v, **OPTIONS | {"backend": "numpy", option: value})
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    arrays = tensors()
+    for value in values:
+        assert torch.equal(compiled(*arrays, value), call(*arrays, value))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_of_a_selection_for_other_tokens():
+    """Refused as it is without a compiler; its tensors alone, rows of indices, would fit."""
+
+    def given(q, k, v, selection):
+        return llsa.attend(q, k, v, selection, backend="numpy")[0]
+
+    def given_backwards(dout, q, k, v, out, lse, selection):
+        return llsa.attend_backward(dout, q, k, v, out, lse, selection, backend="numpy")
+
+    q, k, v = tensors(grad=False)
+    selection = llsa.select(q, k, **OPTIONS)
+    out, lse = llsa.attend(q, k, v, selection)
+    for keys in (k.shape[2] - 1, k.shape[2] // 2):
+        of_fewer = k[:, :, :keys].clone(), v[:, :, :keys].clone()
+        for call, arrays in ((given, (q, *of_fewer)), (given_backwards, (out, q, *of_fewer, out, lse))):
+            torch._dynamo.reset()
+            with pytest.raises(ValueError, match=f"was made for .* = .*{k.shape[2]}.*, and q and k have .*{keys}"):
+                torch.compile(call, fullgraph=True, backend="aot_eager")(*arrays, selection)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.usefixtures("fresh_compiler")
+def test_an_exported_program_that_returns_a_selection():
+    """Through a file."""
+
+    class Selects(torch.nn.Module):
+        def forward(self, q, k):
+            return llsa.select(q, k, backend="numpy", **OPTIONS)
+
+    q, k, _ = tensors(grad=False)
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(Selects(), (q, k)), file)
+    file.seek(0)
+    found, expected = torch.export.load(file).module()(q, k), Selects()(q, k)
+    assert_equal(found, expected)
+    assert found.made_for == expected.made_for
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compile_of_the_others():
     def others(x, k):
         return llsa.pool(x, block_size=4, levels=2, backend="numpy"), llsa.select(x, k, **OPTIONS)[1]
@@ -331,6 +387,13 @@ def test_autocast(dtype):
     assert torch.equal(out, expected)
     out.float().sum().backward()
     assert all(x.grad.dtype == torch.float32 for x in arrays)
+    q, k, v = (x.detach() for x in arrays)
+    with torch.autocast("cpu", dtype=dtype):
+        selection = llsa.select(q, k, **OPTIONS)
+        out, lse = llsa.attend(q, k, v, selection)
+        dq, *_ = llsa.attend_backward(torch.ones_like(v), q, k, v, out, lse, selection)
+    assert dq.dtype == dtype
+    assert torch.equal(dq.float(), arrays[0].grad)
 
 
 def test_checkpoint():
@@ -539,15 +602,32 @@ def test_bad_input_says_the_same_with_gradients_and_without():
     ("array", "words"),
     [
         (torch.zeros(1, 1, 4, 4).to_sparse(), "torch.Tensor"),
-        (torch.zeros(1, 1, 4, 4, device="meta"), "torch.Tensor"),
+        (torch._neg_view(torch.zeros(1, 1, 4, 4)), r"torch.Tensor; .*resolve_neg\(\)"),
         (torch.zeros(1, 1, 4, 4, dtype=torch.int64), "dtype int64"),
         (torch.zeros(1, 1, 4, 4, dtype=torch.complex64), "dtype complex64"),
     ],
-    ids=["sparse", "meta", "int64", "complex64"],
+    ids=["sparse", "negated", "int64", "complex64"],
 )
 def test_tensors_that_are_not_served(array, words):
     with pytest.raises(TypeError, match=words):
         llsa.attention(array, array, array)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors(layout):
+    nested = torch.nested.nested_tensor([torch.zeros(n, 4, 4) for n in (1, 2)], layout=layout)
+    with pytest.raises(TypeError, match="nested ones one by one"):
+        llsa.attention(nested, nested, nested)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_device_that_no_backend_serves(grad):
+    q, k, v = (x.detach().to("meta").requires_grad_(grad) for x in tensors())
+    with pytest.raises(ValueError, match="the arrays are on meta, and of the backends"):
+        llsa.attention(q, k, v)
+    with pytest.raises(ValueError, match="q is on cpu and k on meta"):
+        llsa.attention(torch.zeros(q.shape, dtype=q.dtype), k, v)
 
 
 def test_a_host_tensor_and_a_gpu_backend():
@@ -590,7 +670,8 @@ def test_self_attention(kv_heads, qk_norm):
         q, k = (y * (y.square().mean(-1, keepdim=True) + torch.finfo(y.dtype).eps).rsqrt() for y in (q, k))
     plain = module.out(llsa.attention(q, k, v, layout="bnhd", **OPTIONS).flatten(2))
     torch.testing.assert_close(out, plain)
-    again = pytorch.LLSASelfAttention(32, 4, kv_heads, qk_norm=qk_norm, **OPTIONS).double()
+    used_up = OPTIONS | {"enrich": iter((1,))}
+    again = pytorch.LLSASelfAttention(32, 4, kv_heads, qk_norm=qk_norm, **used_up).double()
     again.load_state_dict(module.state_dict())
     assert torch.equal(again(x), out)
 
@@ -612,6 +693,8 @@ def test_self_attention_refuses():
             pytorch.LLSASelfAttention(*arguments)
     with pytest.raises(ValueError, match="block_size is 1"):
         pytorch.LLSASelfAttention(32, 4, block_size=1)
+    with pytest.raises(ValueError, match="enrich is 2"):
+        pytorch.LLSASelfAttention(32, 4, enrich=2)
     for option in ("layout", "blocksize"):
         with pytest.raises(TypeError, match=option):
             pytorch.LLSASelfAttention(32, 4, **{option: "bnhd"})
@@ -632,6 +715,8 @@ def test_sdpa_refuses_what_it_cannot_honour():
             pytorch.sdpa(q, k, v, **{name: value})
     with pytest.raises(ValueError, match="enable_gqa"):
         pytorch.sdpa(q, k[:, :1], v[:, :1])
+    with pytest.raises(ValueError, match="sdpa: layout is 'bnhd'"):
+        pytorch.sdpa(q, k, v, layout="bnhd")
 
 
 # --- the eager path, which goes past the dispatcher
