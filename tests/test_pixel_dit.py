@@ -312,6 +312,10 @@ def test_rotation_tells_where_tokens_are_to_each_other():
     products = products.unflatten(1, (8, 8)).unflatten(0, (8, 8))  # rows and columns of q, and of k
     torch.testing.assert_close(products[0, 0, 2, 3], products[4, 2, 6, 5])
     assert abs(products[0, 0, 2, 3] - products[0, 0, 3, 2]) > 1e-3
+    finer = model.Grid(16, model.Config(hidden=32, heads=2, reorder=False), torch.device("cpu"))
+    q, k = (x[:, :1].expand(1, 256, 2, 16) for x in (q, k))
+    of_finer = torch.einsum("bihd,bjhd->hij", *(model.rotated(x, finer.rotation) for x in (q, k)))[0]
+    torch.testing.assert_close(of_finer.unflatten(1, (16, 16))[0, 4, 6], products[0, 0, 2, 3])  # twice as many pixels
 
 
 def test_attention_that_keeps_everything_is_full():

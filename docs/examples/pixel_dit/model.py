@@ -16,6 +16,9 @@ import llsa_np as llsa
 
 CHANNELS = 3
 """Of a pixel."""
+PLACES = 64
+"""A picture's side in units of rotary positions. Where pixels were the unit, a model that grew from 16 pixels a side to
+32 learnt half as fast (300 steps of a small one)."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Grid:
         pairs = config.hidden // config.heads // 4  # of dims, for each of the two axes
         frequencies = 1e4 ** -(torch.arange(pairs, device=device) / pairs)
         places = torch.stack([self.own // side, self.own % side], dim=-1)  # row and column (tokens, 2)
+        places = (places + 0.5) * (PLACES / side)  # of the picture, not of the pixel: so it looks alike at every side
         angles = places[:, None, :, None] * frequencies  # (tokens, 1, 2, pairs)
         self.rotation = angles.cos(), angles.sin()
 
