@@ -100,8 +100,8 @@ PIECE = 16
 """Bytes that kernels move at once where arrays begin at multiples of it."""
 
 SUPPORTED = (
-    "arrays of NumPy (bfloat16 as ml_dtypes.bfloat16), CuPy, numba.cuda and JAX, dense tensors of PyTorch (to_dense(), "
-    "resolve_neg() and resolve_conj() give such; nested ones one by one), and any others that go through DLPack"
+    "arrays of NumPy (bfloat16 as ml_dtypes.bfloat16), CuPy, numba.cuda and JAX, dense tensors of PyTorch (to_dense() "
+    "and resolve_neg() give such; nested ones one by one), and any others that go through DLPack"
 )
 
 

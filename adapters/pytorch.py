@@ -39,7 +39,7 @@ from llsa_np.options import (
     check_topk,
 )
 from llsa_np.plans import planned
-from llsa_np.selection import Selection
+from llsa_np.selection import Selection, _rebuild
 
 # --- tensors as the backends see them
 
@@ -181,6 +181,8 @@ adapter = TorchAdapter()
 
 OF_SELECT = "int block_size, int? levels, int[] topk, bool per_level"
 OF_SELECTION = "SymInt query_tokens, SymInt key_tokens, int block_size"
+AS_GIVEN = (-1, -1)
+"""Its tokens are q's and k's: what is known by who made it, or was checked."""
 OF_ATTEND = "int[]? enrich, bool reweight, float? scale, str layout, str backend, str precision"
 SCHEMAS = {
     "attention": f"(Tensor q, Tensor k, Tensor v, {OF_SELECT}, {OF_ATTEND}) -> (Tensor, Tensor, Tensor[])",
@@ -214,28 +216,20 @@ def attending(options: Sequence[Any]) -> dict[str, Any]:
     return dict(zip(names, options, strict=True))
 
 
-def lengths_of(selection: Selection) -> tuple[int, int, int]:
-    """OF_SELECTION."""
-    return selection.query_tokens, selection.key_tokens, selection.block_size
-
-
 def plain_topk(topk: Sequence[int], per_level: bool) -> Any:
     """As the public functions take it."""
     return tuple(topk) if per_level else topk[0]
 
 
-def selection_of(selected: Sequence[Any], query_tokens: int, key_tokens: int, block_size: int) -> Selection:
-    """The Selection that these tensors are, made for so many queries and keys."""
+def selection_of(selected: Sequence[Any], made_for: tuple[int, int], block_size: int, *qk: Any) -> Selection:
+    """The Selection that these tensors are, made for so many queries and keys. qk: q, k and their layout."""
     batch, heads, *_ = selected[0].shape
+    q, k, layout = qk
+    tokens = (axes(q, layout)[2], axes(k, layout)[2]) if made_for == AS_GIVEN else made_for
     # A compiler warns of the one that remembers
     of = Hierarchy if torch.compiler.is_compiling() else hierarchy_of
-    hierarchies = [of(n, block_size, len(selected)) for n in (query_tokens, key_tokens)]
+    hierarchies = [of(n, block_size, len(selected)) for n in tokens]
     return Selection._made(tuple(selected), batch, heads, tuple(x.shape[3] for x in selected), *hierarchies)
-
-
-def made_for(q: Any, k: Any, block_size: int, layout: str) -> tuple[int, int, int]:
-    """OF_SELECTION of one that was made for q and k."""
-    return axes(q, layout)[2], axes(k, layout)[2], block_size
 
 
 @implements("attention")
@@ -261,7 +255,9 @@ def run_select(
 @implements("attend")
 def run_attend(q: Any, k: Any, v: Any, selected: Any, queries: int, keys: int, block_size: int, *options: Any) -> Any:
     """out and lse."""
-    return plain("attend")(q, k, v, selection_of(selected, queries, keys, block_size), **attending(options))
+    named = attending(options)
+    selection = selection_of(selected, (queries, keys), block_size, q, k, named["layout"])
+    return plain("attend")(q, k, v, selection, **named)
 
 
 @implements("attend_backward")
@@ -281,7 +277,8 @@ def run_attend_backward(
     *options: Any,
 ) -> Any:
     """dq, dk and dv; a tensor without elements for one that is not needed."""
-    selection, named = selection_of(selected, queries, keys, block_size), attending(options)
+    named = attending(options)
+    selection = selection_of(selected, (queries, keys), block_size, q, k, named["layout"])
     needed = tuple(name for name, is_needed in zip(NEEDS, needs) if is_needed)
     gradients = plain("attend_backward")(dout, q, k, v, out, lse, selection, dlse=dlse, needs=needed, **named)
     return tuple(q.new_empty(0) if x is None else x for x in gradients)
@@ -412,8 +409,7 @@ def save_attention(ctx: Any, inputs: Any, output: Any) -> None:
     out, lse, selected = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, out, lse, *selected)
-    options = inputs[7:]
-    ctx.options = (*made_for(q, k, block_size, attending(options)["layout"]), *options)
+    ctx.options = (*AS_GIVEN, block_size, *inputs[7:])
     ctx.of_others = no_gradients(inputs[3:])
 
 
@@ -523,7 +519,7 @@ class EagerAttention(torch.autograd.Function):
         out, lse, *selected = attend_selected(q, k, v, **options)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, out, lse, *selected)
-        ctx.given, ctx.shapes = options, (q.shape, k.shape)
+        ctx.given = options
         return out, lse
 
     @staticmethod
@@ -531,8 +527,7 @@ class EagerAttention(torch.autograd.Function):
         of = PARAMETERS["attention"][1] | ctx.given
         scale = None if of["scale"] is None else float(of["scale"])
         options = (of["enrich"], bool(of["reweight"]), scale, of["layout"], of["backend"], of["precision"])
-        tokens = ORDER[of["layout"]].index("tokens")
-        ctx.options = (*(shape[tokens] for shape in ctx.shapes), int(of["block_size"]), *options)
+        ctx.options = (*AS_GIVEN, int(of["block_size"]), *options)
         return *gradients(ctx, dout, dlse), None
 
 
@@ -780,7 +775,7 @@ def select(*arrays: Any, **options: Any) -> Selection:
     selecting = select_options("select", of)
     layout = check_layout("select", of["layout"])
     selected = ops.select(q, k, *selecting, layout, backend_of("select", of))
-    return selection_of(selected, *made_for(q, k, selecting[0], layout))
+    return selection_of(selected, AS_GIVEN, selecting[0], q, k, layout)
 
 
 def attend(*arrays: Any, **options: Any) -> Any:
@@ -793,7 +788,7 @@ def attend(*arrays: Any, **options: Any) -> Any:
     if goes_straight(q, k, v, *selection):
         return plain("attend")(q, k, v, selection, **of)
     check_shapes("attend", of["layout"], selection, q=q, k=k, v=v)
-    schema = (*lengths_of(selection), *attend_options("attend", of, selection.levels, q.shape[-1]))
+    schema = (*of_selection(selection), *attend_options("attend", of, selection.levels, q.shape[-1]))
     if torch.compiler.is_compiling():
         refuse_forward_mode()
         return ops.attend(q, k, v, list(selection), *schema)
@@ -812,7 +807,8 @@ def attend_backward(*arrays: Any, **options: Any) -> Any:
         return plain("attend_backward")(dout, q, k, v, out, lse, selection, **of)
     needed = check_needs("attend_backward", of["needs"])
     check_shapes("attend_backward", of["layout"], selection, q=q, k=k, v=v)
-    schema = (*lengths_of(selection), *attend_options("attend_backward", of, selection.levels, q.shape[-1]))
+    attending = attend_options("attend_backward", of, selection.levels, q.shape[-1])
+    schema = (*of_selection(selection), *attending)
     needs = [name in needed for name in NEEDS]
     if torch.compiler.is_compiling():
         refuse_forward_mode()
@@ -852,6 +848,12 @@ def check_shapes(who: str, layout: Any, selection: Selection | None = None, **ar
         check_selection(
             who, selection, of, {f"level {i} of selection": shape_of(x) for i, x in enumerate(selection, 1)}
         )
+
+
+def of_selection(selection: Selection) -> tuple[int, int, int]:
+    """OF_SELECTION. A compiler leaves it to the operator to compare the tokens with q's and k's."""
+    tokens = (selection.query_tokens, selection.key_tokens) if torch.compiler.is_compiling() else AS_GIVEN
+    return *tokens, selection.block_size
 
 
 # --- for models
@@ -970,6 +972,11 @@ def _unflatten(arrays: Any, made_for: Any) -> Selection:
     return Selection._made(tuple(arrays), *made_for)
 
 
+def _flatten_with_keys(selection: Selection) -> tuple[list[Any], Any]:
+    arrays, made_for = _flatten(selection)
+    return [(pytree.SequenceKey(level), array) for level, array in enumerate(arrays, 1)], made_for
+
+
 def _to_file(made_for: Any) -> Any:
     batch, heads, topk, queries, keys = made_for
     return [batch, heads, list(topk), queries.tokens, keys.tokens, keys.block_size, keys.levels]
@@ -980,11 +987,13 @@ def _from_file(told: Any) -> Any:
     return batch, heads, tuple(topk), *(hierarchy_of(n, block_size, levels) for n in tokens)
 
 
+torch.serialization.add_safe_globals([_rebuild])  # what unpickling one calls: it makes one and no more
 pytree.register_pytree_node(
     Selection,
     _flatten,
     _unflatten,
     serialized_type_name="llsa_np.Selection",
+    flatten_with_keys_fn=_flatten_with_keys,
     to_dumpable_context=_to_file,
     from_dumpable_context=_from_file,
 )

@@ -34,10 +34,10 @@ def merge(*pairs: tuple[Any, Any], layout: Layout = "bhnd") -> tuple[Any, Any]:
     for i, pair in enumerate(pairs):
         if not isinstance(pair, (tuple, list)):
             raise TypeError(f"{who}: pair {i} is a {type_name(pair)}; allowed is a tuple (out, lse)")
+        if pair and all(isinstance(x, tuple) for x in pair):
+            raise TypeError(f"{who}: pair {i} holds tuples; allowed is a tuple (out, lse). Call merge(*pairs)")
         if len(pair) != 2:
             raise TypeError(f"{who}: pair {i} is a {type_name(pair)} of {len(pair)}; allowed is a tuple (out, lse)")
-        if all(isinstance(x, (tuple, list)) for x in pair):
-            raise TypeError(f"{who}: pair {i} holds a {type_name(pair[0])}; give each pair by itself, merge(*pairs)")
     outs = {f"out of pair {i}": pair[0] for i, pair in enumerate(pairs)}
     lses = {f"lse of pair {i}": pair[1] for i, pair in enumerate(pairs)}
     adapter = common_adapter(who, outs | lses)

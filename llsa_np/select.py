@@ -16,6 +16,10 @@ ROW_ARRAYS = 8
 """How many arrays as large as a tile's scores are alive at once, at most: scores, keys, comparisons, their sums."""
 
 
+ONE_SUM = 4096
+"""Dims that einsum adds in one order; of more than its buffer holds (8192) it makes parts that depend on the shape."""
+
+
 def select(
     q_levels: list[Floats],
     k_levels: list[Floats],
@@ -73,9 +77,7 @@ def select_tile(q: Floats, k: Floats, blocks: Siblings, count: int) -> NDArray[n
     queries = q.astype(acc, order="C").reshape(groups, -1, q.shape[1])  # (G, W, D)
     scores, tokens = [], []
     for piece in pieces(blocks, 2 * groups * q.shape[1] * queries.itemsize):
-        # Not by BLAS, six to ten times as fast: it sums the last rows of a matrix, and matrices of other sizes, in
-        # other orders, and equal keys must score equally wherever they stand. einsum has one order for every pair.
-        scores.append(np.einsum("gwd,gcd->gwc", queries, gather(k, piece, acc)))  # (G, W, C)
+        scores.append(products(queries, gather(k, piece, acc)))  # (G, W, C)
         tokens.append(piece.tokens if piece.absent is None else np.where(piece.absent, -1, piece.tokens))
     rows = np.concatenate(scores, axis=2)  # (G, W, C)
     token = np.concatenate(tokens, axis=1)[:, None, :]  # (G, 1, C)
@@ -84,6 +86,19 @@ def select_tile(q: Floats, k: Floats, blocks: Siblings, count: int) -> NDArray[n
     chosen = np.broadcast_to(token, rows.shape)[best].reshape(len(q), -1)
     kept[:, : chosen.shape[1]] = chosen
     return kept
+
+
+def products(queries: Floats, keys: Floats) -> Floats:
+    """<q, k> of queries (G, W, D) and keys (G, C, D), (G, W, C): each pair's sum in the same order, whatever the shape.
+
+    Not by BLAS, which is six to ten times as fast: it sums the last rows of a matrix, and matrices of other sizes, in
+    other orders, and equal keys must score equally wherever they stand.
+    """
+    total: Floats = np.einsum("gwd,gcd->gwc", queries[:, :, :ONE_SUM], keys[:, :, :ONE_SUM])
+    for first in range(ONE_SUM, queries.shape[2], ONE_SUM):
+        part = slice(first, first + ONE_SUM)
+        total += np.einsum("gwd,gcd->gwc", queries[:, :, part], keys[:, :, part])
+    return total
 
 
 def order(scores: Floats, absent: NDArray[np.bool_]) -> NDArray[np.signedinteger[Any]]:

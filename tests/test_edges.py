@@ -104,27 +104,30 @@ def test_equal_scores_go_to_the_lower_index(backend, framework, dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tokens", "dim", "options"),
+    ("dtype", "queries", "tokens", "dim", "options"),
     [
-        ("float32", 8192, 320, {}),
-        ("float64", 8192, 192, {}),
-        ("float32", 8192, 128, {"levels": 2, "topk": 17}),
-        ("bfloat16", 4096, 64, {"levels": 1, "topk": 40, "block_size": 2}),
-        ("float64", 3143, 64, {"levels": 1, "topk": 1, "block_size": 7}),
-        ("float32", 7168, 48, {"levels": 2, "topk": 3, "block_size": 12}),
+        ("float32", 1024, 8192, 320, {}),
+        ("float64", 1024, 8192, 192, {}),
+        ("float32", 1024, 8192, 128, {"levels": 2, "topk": 17}),
+        ("bfloat16", 1024, 4096, 64, {"levels": 1, "topk": 40, "block_size": 2}),
+        ("float64", 3143, 3143, 64, {"levels": 1, "topk": 1, "block_size": 7}),
+        ("float32", 7168, 7168, 48, {"levels": 2, "topk": 3, "block_size": 12}),
+        ("float32", 1, 256, 8200, {"levels": 1, "topk": 3, "block_size": 2}),
+        ("float64", 1, 118, 9000, {"levels": 1, "topk": 3, "block_size": 2}),
     ],
 )
 @pytest.mark.skipif(SIMULATED or EMULATED, reason="thousands of candidates take hours where threads are simulated")
-def test_equal_scores_among_many(backend, framework, dtype, tokens, dim, options):
+def test_equal_scores_among_many(backend, framework, dtype, queries, tokens, dim, options):
     """The same with so many candidates that they are scored in several parts."""
     rng = np.random.default_rng(dim)
     key = (np.round(rng.standard_normal((1, 1, 1, dim)) * 4) / 4).astype(DTYPES[dtype])  # means of it are exact
-    q = rng.standard_normal((1, 1, 1024, dim)).astype(DTYPES[dtype])
     k = np.broadcast_to(key, (1, 1, tokens, dim))
-    selection = llsa.select(framework.array(q), framework.array(k), backend=backend, **options)
-    for level in selection:
-        rows = framework.to_numpy(level)
-        assert (rows == np.arange(rows.shape[3])).all()
+    for _ in range(8 if queries == 1 else 1):
+        q = rng.standard_normal((1, 1, queries, dim)).astype(DTYPES[dtype])
+        selection = llsa.select(framework.array(q), framework.array(k), backend=backend, **options)
+        for level in selection:
+            rows = framework.to_numpy(level)
+            assert (rows == np.arange(rows.shape[3])).all()
 
 
 def test_signed_zeros_are_equal(backend, framework):

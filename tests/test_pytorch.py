@@ -267,14 +267,23 @@ def test_a_selection_through_compile():
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     "options",
-    [{"enrich": ()}, {"enrich": (2,)}, {"topk": (3, 1)}, {"reweight": False}, {"scale": 0.5}, {"levels": 1}],
+    [
+        {"enrich": ()},
+        {"enrich": (2,)},
+        {"topk": (3, 1)},
+        {"reweight": False},
+        {"scale": 0.5},
+        {"levels": 1},
+        {"layout": "bnhd"},
+    ],
     ids=str,
 )
 def test_compile_with_options(options):
     """Those that are lists too, of none or several, forward and backward."""
     changed = {"block_size": 4, "topk": 2, "levels": 2} | options
-    selecting = {name: value for name, value in changed.items() if name in ("block_size", "topk", "levels")}
-    attending = {name: value for name, value in changed.items() if name in ("enrich", "reweight", "scale")}
+    layout = {"layout": changed.get("layout", "bhnd")}
+    selecting = layout | {name: changed[name] for name in ("block_size", "topk", "levels")}
+    attending = layout | {name: x for name, x in changed.items() if name in ("enrich", "reweight", "scale")}
 
     def whole(q, k, v):
         return llsa.attention(q, k, v, backend="numpy", **changed)
@@ -284,6 +293,8 @@ def test_compile_with_options(options):
         return llsa.attend(q, k, v, selection, backend="numpy", **attending)[0]
 
     arrays = tensors()
+    if layout["layout"] == "bnhd":
+        arrays = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in arrays]
     expected = gradients(whole, *arrays)
     for call in (whole, in_two):
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
@@ -328,20 +339,40 @@ def test_compile_of_a_selection_for_other_tokens():
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.usefixtures("fresh_compiler")
-def test_an_exported_program_that_returns_a_selection():
+def test_exported_programs_that_return_and_take_a_selection():
     """Through a file."""
 
     class Selects(torch.nn.Module):
         def forward(self, q, k):
             return llsa.select(q, k, backend="numpy", **OPTIONS)
 
-    q, k, _ = tensors(grad=False)
-    file = io.BytesIO()
-    torch.export.save(torch.export.export(Selects(), (q, k)), file)
-    file.seek(0)
-    found, expected = torch.export.load(file).module()(q, k), Selects()(q, k)
-    assert_equal(found, expected)
-    assert found.made_for == expected.made_for
+    class Attends(torch.nn.Module):
+        def forward(self, q, k, v, selection):
+            return llsa.attend(q, k, v, selection, backend="numpy")
+
+    def through_a_file(module, *arguments):
+        file = io.BytesIO()
+        torch.export.save(torch.export.export(module, arguments), file)
+        file.seek(0)
+        return torch.export.load(file).module()(*arguments)
+
+    q, k, v = tensors(grad=False)
+    selection = Selects()(q, k)
+    found = through_a_file(Selects(), q, k)
+    assert_equal(found, selection)
+    assert found.made_for == selection.made_for
+    assert_equal(through_a_file(Attends(), q, k, v, selection), Attends()(q, k, v, selection))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+def test_a_traced_program_takes_other_lengths():
+    def both(q, k, v):
+        selection = llsa.select(q, k, levels=2, backend="numpy", **OPTIONS)
+        return llsa.attend(q, k, v, selection, backend="numpy")[0]
+
+    traced = torch.jit.trace(both, tensors(40, grad=False), check_trace=False)
+    arrays = tensors(71, grad=False)
+    assert torch.equal(traced(*arrays), both(*arrays))
 
 
 @pytest.mark.usefixtures("fresh_compiler")
