@@ -15,7 +15,6 @@ from llsa_np.tiles import MOST_QUERIES, PIECE_BYTES, Floats, Siblings, gather, p
 ROW_ARRAYS = 8
 """How many arrays as large as a tile's scores are alive at once, at most: scores, keys, comparisons, their sums."""
 
-
 ONE_SUM = 4096
 """Dims that einsum adds in one order; of more than its buffer holds (8192) it makes parts that depend on the shape."""
 
