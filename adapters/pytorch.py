@@ -221,11 +221,13 @@ def plain_topk(topk: Sequence[int], per_level: bool) -> Any:
     return tuple(topk) if per_level else topk[0]
 
 
-def selection_of(selected: Sequence[Any], made_for: tuple[int, int], block_size: int, *qk: Any) -> Selection:
-    """The Selection that these tensors are, made for so many queries and keys. qk: q, k and their layout."""
+def selection_of(
+    selected: Sequence[Any], tokens: tuple[int, int], block_size: int, q: Any, k: Any, layout: str
+) -> Selection:
+    """The Selection that these tensors are. tokens: how many queries and keys it was made for, or AS_GIVEN."""
     batch, heads, *_ = selected[0].shape
-    q, k, layout = qk
-    tokens = (axes(q, layout)[2], axes(k, layout)[2]) if made_for == AS_GIVEN else made_for
+    if tokens == AS_GIVEN:
+        tokens = axes(q, layout)[2], axes(k, layout)[2]
     # A compiler warns of the one that remembers
     of = Hierarchy if torch.compiler.is_compiling() else hierarchy_of
     hierarchies = [of(n, block_size, len(selected)) for n in tokens]
@@ -650,7 +652,7 @@ def is_tensors(x: Any) -> bool:
 
 
 def may_be_traced(x: Any) -> bool:
-    """Whether a tensor is one that backends read, or stands for such; a Selection is."""
+    """Whether this is a Selection, a tensor that backends read, or one that stands for such."""
     if isinstance(x, Selection):
         return True
     return adapter.owns(x) if type(x) in PLAIN else not x.is_nested
@@ -704,6 +706,12 @@ def select_options(who: str, of: dict[str, Any]) -> list[Any]:
         check_levels(who, 1, block_size)
     checked = list(check_topk(who, topk if per_level else of["topk"], entries))
     return [block_size, levels, checked if per_level else checked[:1], per_level]
+
+
+def selection_options(selection: Selection) -> tuple[int, int, int]:
+    """The options of OF_SELECTION. A compiler leaves it to the operator to compare the tokens with q's and k's."""
+    tokens = (selection.query_tokens, selection.key_tokens) if torch.compiler.is_compiling() else AS_GIVEN
+    return *tokens, selection.block_size
 
 
 def backend_of(who: str, of: dict[str, Any]) -> Any:
@@ -788,7 +796,7 @@ def attend(*arrays: Any, **options: Any) -> Any:
     if goes_straight(q, k, v, *selection):
         return plain("attend")(q, k, v, selection, **of)
     check_shapes("attend", of["layout"], selection, q=q, k=k, v=v)
-    schema = (*of_selection(selection), *attend_options("attend", of, selection.levels, q.shape[-1]))
+    schema = (*selection_options(selection), *attend_options("attend", of, selection.levels, q.shape[-1]))
     if torch.compiler.is_compiling():
         refuse_forward_mode()
         return ops.attend(q, k, v, list(selection), *schema)
@@ -807,8 +815,8 @@ def attend_backward(*arrays: Any, **options: Any) -> Any:
         return plain("attend_backward")(dout, q, k, v, out, lse, selection, **of)
     needed = check_needs("attend_backward", of["needs"])
     check_shapes("attend_backward", of["layout"], selection, q=q, k=k, v=v)
-    attending = attend_options("attend_backward", of, selection.levels, q.shape[-1])
-    schema = (*of_selection(selection), *attending)
+    levels, dim = selection.levels, q.shape[-1]
+    schema = (*selection_options(selection), *attend_options("attend_backward", of, levels, dim))
     needs = [name in needed for name in NEEDS]
     if torch.compiler.is_compiling():
         refuse_forward_mode()
@@ -848,12 +856,6 @@ def check_shapes(who: str, layout: Any, selection: Selection | None = None, **ar
         check_selection(
             who, selection, of, {f"level {i} of selection": shape_of(x) for i, x in enumerate(selection, 1)}
         )
-
-
-def of_selection(selection: Selection) -> tuple[int, int, int]:
-    """OF_SELECTION. A compiler leaves it to the operator to compare the tokens with q's and k's."""
-    tokens = (selection.query_tokens, selection.key_tokens) if torch.compiler.is_compiling() else AS_GIVEN
-    return *tokens, selection.block_size
 
 
 # --- for models

@@ -90,8 +90,8 @@ def select_tile(q: Floats, k: Floats, blocks: Siblings, count: int) -> NDArray[n
 def products(queries: Floats, keys: Floats) -> Floats:
     """<q, k> of queries (G, W, D) and keys (G, C, D), (G, W, C): each pair's sum in the same order, whatever the shape.
 
-    Not by BLAS, which is six to ten times as fast: it sums the last rows of a matrix, and matrices of other sizes, in
-    other orders, and equal keys must score equally wherever they stand.
+    Not by BLAS, which is six to fifteen times as fast: it sums the last rows of a matrix, and matrices of other sizes,
+    in other orders, and equal keys must score equally wherever they stand.
     """
     total: Floats = np.einsum("gwd,gcd->gwc", queries[:, :, :ONE_SUM], keys[:, :, :ONE_SUM])
     for first in range(ONE_SUM, queries.shape[2], ONE_SUM):

@@ -17,8 +17,8 @@ import llsa_np as llsa
 CHANNELS = 3
 """Of a pixel."""
 PLACES = 64
-"""A picture's side in units of rotary positions. Where pixels were the unit, a model that grew from 16 pixels a side to
-32 learnt half as fast (300 steps of a small one)."""
+"""A picture's side in units of rotary positions. Where pixels were the unit, a model (hidden 96, 4 layers, emoji) that
+grew from 16 pixels a side to 32 took 300 steps to the held-out losses that it has here after 150 to 200."""
 
 
 @dataclass(frozen=True)

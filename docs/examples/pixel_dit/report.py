@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from flow import loss_of, noise_scale
-from model import Config, Grid, PixelDiT, attention_of
+from model import Config, Grid, PixelDiT, attention_of, velocity_by
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -98,8 +98,7 @@ def measured(side: int, config: Config, budget: float, compiled: bool, dense: st
     t = torch.rand(batch, device=device)
 
     def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = loss_of(lambda x, t: model(x, t, grid.rotation), x, noise, t, noise_scale(side))
+        loss = loss_of(velocity_by(model, grid), x, noise, t, noise_scale(side))
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -29,9 +29,10 @@ def write(folder: Path, model: Weights, average: Weights, of: dict[str, Any]) ->
     """
     tensors = {f"model.{name}": x for name, x in model.items()} | {f"average.{name}": x for name, x in average.items()}
     kept = {name: x.to("cpu", torch.bfloat16 if x.is_floating_point() else x.dtype) for name, x in tensors.items()}
-    written = [folder / f"weights-{i:02}.part" for i, _ in enumerate(parts(kept))]
-    for path, part in zip(written, parts(kept)):
-        save_file(part, path, {"settings": json.dumps(of)})
+    written = []
+    for i, part in enumerate(parts(kept)):
+        written.append(folder / f"weights-{i:02}.part")
+        save_file(part, written[-1], {"settings": json.dumps(of)})
     for old in folder.glob("weights-*.safetensors"):
         old.unlink()
     for path in written:
