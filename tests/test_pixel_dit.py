@@ -2,6 +2,7 @@
 
 import io
 import json
+import socket
 import sys
 import types
 
@@ -22,6 +23,7 @@ import quality
 import report
 import safetensors.torch
 import sample
+import several_gpus
 import torch
 import torch.multiprocessing as mp
 import train
@@ -110,6 +112,20 @@ def test_where_there_is_a_checkpoint_there_are_weights(one_picture, tmp_path, mo
     assert weights.settings_of(tmp_path)["side"] == 8
 
 
+def test_every_seed_is_judged_by_the_same(tmp_path):
+    for i in range(30):
+        Image.new("RGB", (8, 8), (8 * i, 100, 50)).save(tmp_path / f"{i}.png")
+    ranks = training.Ranks(0, 0, 1, None, torch.device("cpu"))
+
+    def judged(seed, held_out=training.JUDGED_BY):
+        args = train.parsed([*SMALL, "--images", str(tmp_path), "--seed", str(seed), "--out", str(tmp_path)])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training, "JUDGED_BY", held_out)
+            return training.Training(args, ranks).evaluate()  # of a model whose velocity is 0 at first
+
+    assert judged(0) == judged(1) != judged(0, held_out=3)
+
+
 def test_a_run_goes_on_at_another_rate(one_picture, tmp_path):
     """As the error of one that diverges says."""
     options = [*SMALL, *one_picture, "--steps", "2", "--samples", "0", "--out", str(tmp_path)]
@@ -143,30 +159,56 @@ def test_wrong_arguments(arguments, words, tmp_path, capsys):
     assert words in capsys.readouterr().err
 
 
-def on_rank(rank, ranks, port, arguments):
+def on_rank(rank, main, ranks, port, arguments):
     torch.set_num_threads(1)
     of = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in of.items():
             patch.setenv(name, str(value))
-        train.main(arguments)
+        main(arguments)
+
+
+def spawn_two(main, arguments):
+    """A command as two processes of torchrun's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(on_rank, (main, 2, port, arguments), 2)
 
 
 @pytest.mark.parametrize("shared", [1, 2], ids=["data", "sequence"])
 def test_two_ranks_are_one_process(shared, one_picture, tmp_path):
-    import socket
-
     options = [*SMALL, *one_picture, "--steps", "4", "--every", "4", "--rate", "0.01"]
     train.main([*options, "--out", str(tmp_path / "one")])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = [*options, "--sequence-ranks", str(shared), "--out", str(tmp_path / "two")]
-    mp.spawn(on_rank, (2, port, arguments), 2)
+    spawn_two(train.main, [*options, "--sequence-ranks", str(shared), "--out", str(tmp_path / "two")])
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert two == pytest.approx(one, rel=1e-4)
     pictures = [np.asarray(Image.open(tmp_path / name / "samples-000004.png"), int) for name in ("one", "two")]
     assert abs(pictures[0] - pictures[1]).max() <= 2
+
+
+def test_steps_on_one_and_on_several(one_picture, tmp_path):
+    """A row of each, of the same losses, whichever was run again."""
+    options = [*SMALL, *one_picture, "--steps", "2", "--rate", "0.01", "--out", str(tmp_path)]
+    several_gpus.main(options)
+    spawn_two(several_gpus.main, options)
+    several_gpus.main(options)
+    (file,) = tmp_path.glob("*.json")
+    two, one = json.loads(file.read_text())["steps"]
+    assert (one["gpus"], two["gpus"], two["side"]) == (1, 2, 8)
+    assert len(one["losses"]) == several_gpus.WARM_UP + 2
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert one["step_ms"] > 0
+
+
+def test_a_step_that_memory_does_not_do_for(one_picture, tmp_path, monkeypatch):
+    def too_large(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(training, "loss_of", too_large)
+    several_gpus.main([*SMALL, *one_picture, "--steps", "2", "--out", str(tmp_path)])
+    (row,) = json.loads((tmp_path / "pixel-dit-several-cpu.json").read_text())["steps"]
+    assert (row["side"], row["step_ms"], row["mib"], row["losses"]) == (8, None, None, None)
 
 
 def test_growing_from_a_smaller_side(one_picture, tmp_path):

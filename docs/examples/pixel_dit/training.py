@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 """At which held-out pictures are denoised."""
 HELD_OUT_BATCHES = 4
-HELD_OUT_SEEDS = 2**31
-"""Where those of steps do not come."""
+JUDGED_BY = 2**31
+"""The seed of draws of what is held out: runs of every --seed are judged by the same pictures and noise."""
 
 
 class Ranks(NamedTuple):
@@ -117,12 +117,12 @@ class Training:
         if dist.is_initialized():
             self.trained = DistributedDataParallel(self.model)
         on_gpu = ranks.device.type == "cuda"
-        self.drawn = self.draws(self.pictures, count(self.step), args.workers if on_gpu else 0)
+        self.drawn = self.draws(self.pictures, args.seed, count(self.step), args.workers if on_gpu else 0)
 
-    def draws(self, pictures: Pictures, steps: Iterable[int], workers: int = 0) -> Iterator[Batch]:
+    def draws(self, pictures: Pictures, seed: int, steps: Iterable[int], workers: int = 0) -> Iterator[Batch]:
         """This process's part of the batch of each step, drawn by so many other processes ahead of time."""
         own = range(self.ranks.data, self.args.batch, self.ranks.of_data)
-        seeds = ([(self.args.seed, step, i) for i in own] for step in steps)
+        seeds = ([(seed, step, i) for i in own] for step in steps)
         pinned = self.ranks.device.type == "cuda"
         return iter(DataLoader(Draws(pictures), batch_sampler=seeds, num_workers=workers, pin_memory=pinned))
 
@@ -173,7 +173,7 @@ class Training:
         """Of held-out pictures, the average's loss, and the PSNR in dB of denoising in one step, at fixed times."""
         velocity = velocity_by(self.average, self.grid)
         losses = torch.zeros(len(TIMES), device=self.ranks.device)
-        for drawn in self.draws(self.held_out, range(HELD_OUT_SEEDS, HELD_OUT_SEEDS + HELD_OUT_BATCHES)):
+        for drawn in self.draws(self.held_out, JUDGED_BY, range(HELD_OUT_BATCHES)):
             batch = self.tokens(drawn)
             for i, time in enumerate(TIMES):
                 at_time = batch._replace(t=torch.full_like(batch.t, time))
