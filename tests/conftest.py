@@ -3,7 +3,7 @@
 import os
 import sys
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import frameworks
 import numpy as np
@@ -115,6 +115,13 @@ def pytest_runtest_call(item):
 
 def poison(array):
     """NaN everywhere, or indices that are out of range; in a workspace of bytes both, whatever they are read as."""
+    cupy = sys.modules.get("cupy")
+    with array.device if cupy and isinstance(array, cupy.ndarray) else nullcontext():
+        fill_with_poison(array)
+
+
+def fill_with_poison(array):
+    """The same, on the current device."""
     if str(array.dtype) in ("uint8", "torch.uint8"):
         value = 0x7FFF
         if hasattr(array, "fill_"):

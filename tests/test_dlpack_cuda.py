@@ -1,5 +1,6 @@
 """Arrays on a GPU of frameworks that nothing names: whose memory, which stream, which device."""
 
+import gc
 import importlib.util
 
 import numpy as np
@@ -59,9 +60,11 @@ def test_memory_is_shared_and_given_back(backend, monkeypatch):
         return found
 
     monkeypatch.setattr(type(adapter_of_type(Array)), "lend", lend)
+    gc.collect()  # what tests before have left
+    before = set(lent)
     llsa.attention(*of, **OPTIONS, backend=backend)
     assert seen == [x.data.ptr for x in given]
-    assert not lent
+    assert set(lent) == before
 
 
 @pytest.mark.parametrize("change", [lambda x: x[:, :, ::2], lambda x: x[:, :, ::-1], lambda x: x[:, :, 3:, 8:24]])

@@ -100,7 +100,7 @@ class Block(nn.Module):
         of_attention, of_mlp = self.modulation(time)[:, None].chunk(2, dim=-1)
         shift, scale, gate = of_attention.chunk(3, dim=-1)
         q, k, v = self.qkv(self.norm(x) * (1 + scale) + shift).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        q, k = (rotated(y, rotation).to(v.dtype) for y in (self.q_norm(q), self.k_norm(k)))
+        q, k = (rotated(y, rotation).to(v.dtype) for y in (self.q_norm(q.float()), self.k_norm(k.float())))
         x = x + gate * self.out(self.attend(q, k, v).flatten(2))
         shift, scale, gate = of_mlp.chunk(3, dim=-1)
         return x + gate * self.narrow(gelu(self.wide(self.norm(x) * (1 + scale) + shift)))
