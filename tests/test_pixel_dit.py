@@ -73,8 +73,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_losses(one_picture, tmp_path
     train.main([*options, "--steps", "7", "--out", str(broken)])
     assert metrics(broken) == metrics(whole)
     assert (broken / "samples-000007.png").read_bytes() == (whole / "samples-000007.png").read_bytes()
-    with pytest.raises(ValueError, match="is of another model"):
-        train.main([*options, "--topk", "3", "--steps", "9", "--out", str(broken)])
+    for other in (["--topk", "3"], ["--side", "4"]):
+        with pytest.raises(ValueError, match="is of another model or side"):
+            train.main([*options, *other, "--steps", "9", "--out", str(broken)])
 
 
 def test_a_run_that_is_killed_as_it_saves_misses_no_step(one_picture, tmp_path, monkeypatch):
@@ -112,6 +113,22 @@ def test_where_there_is_a_checkpoint_there_are_weights(one_picture, tmp_path, mo
     assert weights.settings_of(tmp_path)["side"] == 8
 
 
+def test_the_average_forgets_what_a_run_began_with(one_picture, tmp_path):
+    """At first it is of few steps, and at last of as many as --ema says."""
+    args = train.parsed([*SMALL, *one_picture, "--ema", "0.999", "--out", str(tmp_path)])
+    run = training.Training(args, training.Ranks(0, 0, 1, None, torch.device("cpu")))
+    (was, *_), (now, *_) = (list(x.parameters()) for x in (run.average, run.model))
+    now.data.fill_(1)
+    was.data.fill_(0)
+    for run.step in range(30):
+        run.follow()
+    assert was.flatten()[0] > 0.999
+    run.step = 10**6
+    was.data.fill_(0)
+    run.follow()
+    assert was.flatten()[0].item() == pytest.approx(0.001, rel=1e-3)
+
+
 def test_every_seed_is_judged_by_the_same(tmp_path):
     for i in range(30):
         Image.new("RGB", (8, 8), (8 * i, 100, 50)).save(tmp_path / f"{i}.png")
@@ -124,6 +141,28 @@ def test_every_seed_is_judged_by_the_same(tmp_path):
             return training.Training(args, ranks).evaluate()  # of a model whose velocity is 0 at first
 
     assert judged(0) == judged(1) != judged(0, held_out=3)
+
+
+def test_weights_are_there_whenever_a_run_is_killed(tmp_path, monkeypatch):
+    def weights_of(value, tensors):
+        return {f"{i}": torch.full((100,), float(value)) for i in range(tensors)}
+
+    monkeypatch.setattr(weights, "MOST_BYTES", 2000)
+    weights.write(tmp_path, weights_of(1, 9), weights_of(1, 9), {})
+    files = set(tmp_path.glob("weights-*.safetensors"))
+    assert len(files) > 2
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights.Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            weights.write(tmp_path, weights_of(2, 2), weights_of(2, 2), {})
+    assert set(tmp_path.glob("weights-*.safetensors")) == files
+    weights.write(tmp_path, weights_of(3, 2), weights_of(3, 2), {})
+    model, _ = weights.read(tmp_path)
+    assert {name: x[0].item() for name, x in model.items()} == {"0": 3, "1": 3}
 
 
 def test_a_run_goes_on_at_another_rate(one_picture, tmp_path):
@@ -159,6 +198,12 @@ def test_wrong_arguments(arguments, words, tmp_path, capsys):
     assert words in capsys.readouterr().err
 
 
+def test_a_device_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device is cuda, and PyTorch finds no CUDA device"):
+        train.main(["--device", "cuda", "--out", str(tmp_path)])
+
+
 def on_rank(rank, main, ranks, port, arguments):
     torch.set_num_threads(1)
     of = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -189,16 +234,19 @@ def test_two_ranks_are_one_process(shared, one_picture, tmp_path):
 
 def test_steps_on_one_and_on_several(one_picture, tmp_path):
     """A row of each, of the same losses, whichever was run again."""
-    options = [*SMALL, *one_picture, "--steps", "2", "--rate", "0.01", "--out", str(tmp_path)]
+    # A batch of one picture, of which two processes could not have one each.
+    options = [*SMALL, *one_picture, "--batch", "1", "--steps", "2", "--rate", "0.01", "--out", str(tmp_path)]
     several_gpus.main(options)
     spawn_two(several_gpus.main, options)
+    several_gpus.main([*options, "--rate", "0.02"])
     several_gpus.main(options)
-    (file,) = tmp_path.glob("*.json")
-    two, one = json.loads(file.read_text())["steps"]
-    assert (one["gpus"], two["gpus"], two["side"]) == (1, 2, 8)
+    two, other, one = json.loads((tmp_path / "pixel-dit-several-cpu.json").read_text())["rows"]
+    assert (one["sequence_ranks"], two["sequence_ranks"], two["side"], other["rate"]) == (1, 2, 8, 0.02)
     assert len(one["losses"]) == several_gpus.WARM_UP + 2
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     assert one["step_ms"] > 0
+    with pytest.raises(SystemExit):
+        several_gpus.main([*options, "--sequence-ranks", "2"])
 
 
 def test_a_step_that_memory_does_not_do_for(one_picture, tmp_path, monkeypatch):
@@ -207,14 +255,15 @@ def test_a_step_that_memory_does_not_do_for(one_picture, tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "loss_of", too_large)
     several_gpus.main([*SMALL, *one_picture, "--steps", "2", "--out", str(tmp_path)])
-    (row,) = json.loads((tmp_path / "pixel-dit-several-cpu.json").read_text())["steps"]
+    (row,) = json.loads((tmp_path / "pixel-dit-several-cpu.json").read_text())["rows"]
     assert (row["side"], row["step_ms"], row["mib"], row["losses"]) == (8, None, None, None)
 
 
 def test_growing_from_a_smaller_side(one_picture, tmp_path):
     options = [*SMALL, *one_picture, "--steps", "2", "--every", "2"]
     train.main([*options, "--attention", "full", "--out", str(tmp_path / "small")])
-    train.main([*options, "--side", "16", "--start", str(tmp_path / "small"), "--out", str(tmp_path / "large")])
+    large = ["--seed", "1", "--side", "16", "--out", str(tmp_path / "large")]  # another seed makes other weights
+    train.main([*options, *large, "--start", str(tmp_path / "small")])
     before, after = (torch.load(tmp_path / name / "checkpoint.pt") for name in ("small", "large"))
     assert after["step"] == 2
     assert (after["model"]["enter.weight"] - before["model"]["enter.weight"]).abs().max() < 0.01
@@ -266,6 +315,8 @@ def test_new_pictures_of_a_run(one_picture, tmp_path):
     assert (larger[8:16] != larger[:8]).any(), "a pixel of side 16 is drawn 8 wide, one of side 8 twice that"
     with pytest.raises(FileNotFoundError, match="has no weights-"):
         sample.main([str(tmp_path), "--out", str(tmp_path / "new.png")])
+    with pytest.raises(SystemExit):
+        made("--out", "new.jpeg")
     safetensors.torch.save_file({"x": torch.ones(1)}, tmp_path / "weights-00.safetensors")
     with pytest.raises(ValueError, match="does not say what model"):
         sample.main([str(tmp_path), "--out", str(tmp_path / "new.png")])
@@ -285,16 +336,17 @@ def test_kinds_of_attention_side_by_side(one_picture, tmp_path, capsys):
     options = [*SMALL, *one_picture, "--steps", "1", "--seeds", "1", "--out", str(tmp_path)]
     for _ in range(2):
         quality.main([*options, "--kinds", "full attention", "LLSA without enrichment"])
-    rows = json.loads((tmp_path / "quality.json").read_text())
+    file = tmp_path / "pixel-dit-quality-cpu.json"
+    rows = json.loads(file.read_text())["rows"]
     assert [row["kind"] for row in rows] == ["full attention", "LLSA without enrichment"]
     for row in rows:
-        assert (row["step"], row["seed"], row["images"], row["device"]) == (1, 0, one_picture[1], "CPU")
+        assert (row["step"], row["seed"], row["images"]) == (1, 0, one_picture[1])
         assert row["psnr_0.5"] == pytest.approx(10 * np.log10(4 / (0.25 * row["held_out_loss_0.5"])))
     names = {"000-full-attention-0.png", "001-llsa-without-enrichment-0.png"}
     assert {file.name for file in tmp_path.glob("*.png")} == names == {row["samples"] for row in rows}
     assert len(capsys.readouterr().out.splitlines()) == 2
     quality.main([*options, "--kinds", "full attention", "--topk", "3"])
-    assert [row["topk"] for row in json.loads((tmp_path / "quality.json").read_text())] == [2, 2, 3]
+    assert [row["topk"] for row in json.loads(file.read_text())["rows"]] == [2, 2, 3]
     with pytest.raises(SystemExit):
         quality.main([*options, "--seed", "2"])
     assert "Give --seeds" in capsys.readouterr().err
@@ -417,6 +469,15 @@ def test_what_is_held_out_is_never_trained_on(tmp_path):
     assert reds == [{10 * i for i in range(20) if i % 10}, {0, 100}]
     with pytest.raises(ValueError, match="has 0 pictures"):
         images.folder(tmp_path / "none", 8)
+    Image.new("I;16", (8, 8)).save(tmp_path / "20.png")
+    with pytest.raises(ValueError, match="has pixels of 16 or 32 bits"):
+        images.folder(tmp_path, 4)
+    many = tmp_path / "many"
+    many.mkdir()
+    for i in range(250):
+        Image.new("RGB", (1, 1), (i, 0, 0)).save(many / f"{i:03}.png")
+    _, held = images.folder(many, 1)  # neighbours together
+    assert {x.getpixel((0, 0))[0] for x in held.sources} == {i + j for i in range(0, 250, 20) for j in (0, 1)}
     kept, held = images.photographs(16)
     for left, right in zip(kept.sources, held.sources):
         assert right.width / (left.width + right.width) == pytest.approx(images.HELD_OUT, abs=0.01)

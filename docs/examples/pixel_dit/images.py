@@ -13,6 +13,7 @@ from torch import Tensor
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "retina", "rocket")
 HELD_OUT = 0.3
 """The right part of each photograph, which is never trained on."""
+LANCZOS = Image.Resampling.LANCZOS
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -20,9 +21,7 @@ class Pictures:
     """Square pictures of one size, drawn at random: whole ones of a folder, or crops of photographs."""
 
     def __init__(self, sources: Sequence[Image.Image], side: int, crops: bool) -> None:
-        self.side, self.crops = side, crops
-        fitted = sources if crops else [ImageOps.fit(x, (side, side), Image.Resampling.LANCZOS) for x in sources]
-        self.sources = list(fitted)
+        self.sources, self.side, self.crops = list(sources), side, crops
 
     def draw(self, rng: np.random.Generator) -> Tensor:
         """One picture (3, side, side) of -1 .. 1, perhaps seen in a mirror."""
@@ -32,7 +31,7 @@ class Pictures:
             size = rng.uniform(min(self.side, most), most)  # pixels of the photograph; fewer than side are enlarged
             left, top = (rng.uniform(0, length - size) for length in picture.size)
             box = (left, top, left + size, top + size)
-            picture = picture.resize((self.side, self.side), Image.Resampling.LANCZOS, box)
+            picture = picture.resize((self.side, self.side), LANCZOS, box)
         if rng.integers(2):
             picture = ImageOps.mirror(picture)
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
@@ -51,20 +50,30 @@ def photographs(side: int) -> tuple[Pictures, Pictures]:
 
 @lru_cache(1)  # for runs one after the other in one process
 def folder(path: Path, side: int) -> tuple[Pictures, Pictures]:
-    """The pictures of a folder, on white where they are transparent: to train on, and each tenth, held out."""
+    """The pictures of a folder: to train on, and a tenth that is held out.
+
+    A hundredth of them in a row, in the order of their names, is trained on or held out together: neighbours are often
+    alike, as frames of a film or variants of a drawing are.
+    """
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS)
     if len(files) < 2:
         raise ValueError(f"train: --images {path} has {len(files)} pictures ({', '.join(ENDINGS)}); it needs 2 or more")
     with ThreadPoolExecutor() as threads:
-        pictures = list(threads.map(on_white, files))
-    held = pictures[::10]
-    kept = [x for i, x in enumerate(pictures) if i % 10]
+        pictures = list(threads.map(lambda file: ImageOps.fit(on_white(file), (side, side), LANCZOS), files))
+    run = max(1, len(files) // 100)
+    held = [x for i, x in enumerate(pictures) if i // run % 10 == 0]
+    kept = [x for i, x in enumerate(pictures) if i // run % 10]
     return Pictures(kept, side, crops=False), Pictures(held, side, crops=False)
 
 
 def on_white(file: Path) -> Image.Image:
-    """A picture as it is meant to be seen."""
+    """A picture as it is meant to be seen, on white where it is transparent."""
     with Image.open(file) as opened:
+        if opened.mode.startswith(("I", "F")):
+            raise ValueError(
+                f"train: {file} has pixels of 16 or 32 bits (Pillow's mode {opened.mode}); convert it to 8 bits a "
+                "channel"
+            )
         seen = ImageOps.exif_transpose(opened).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
 

@@ -2,12 +2,10 @@
 
     python docs/examples/pixel_dit/report.py --out docs/measurements
 
-writes pixel-dit-<card>.json, each row from a run of this process on that card.
+writes pixel-dit-training-<card>.json, each row from a run of this process on that card.
 """
 
 import argparse
-import json
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 from flow import loss_of, noise_scale
 from model import Config, Grid, PixelDiT, attention_of, velocity_by
+from records import Record
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -44,23 +43,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="to time each model for (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="a folder")
     args = parser.parse_args()
-    card = torch.cuda.get_device_name()
-    path = args.out / f"pixel-dit-{re.sub('[^a-z0-9]+', '-', card.lower())}.json"
-    rows: list[dict[str, Any]] = []
+    record = Record(args.out, "training", "cuda")
     for side in args.sides:
         for compiled in (True, False):
             for dense in DENSE:
-                rows.append(measured(side, Config(attention="full"), args.seconds, compiled, dense))
-                save(path, card, rows)
+                record.add(*measured(side, Config(attention="full"), args.seconds, compiled, dense))
             for options in LLSA if compiled else LLSA[:EAGER]:
-                rows.append(measured(side, Config(**options), args.seconds, compiled))
-                save(path, card, rows)
-
-
-def save(path: Path, card: str, rows: list[dict[str, Any]]) -> None:
-    """What is measured so far."""
-    print(json.dumps(rows[-1]), flush=True)
-    path.write_text(json.dumps({"card": card, "torch": torch.__version__, "training": rows}, indent=1) + "\n")
+                record.add(*measured(side, Config(**options), args.seconds, compiled))
 
 
 def attention_by(dense: str | None, config: Config) -> Attend:
@@ -76,8 +65,10 @@ def attention_by(dense: str | None, config: Config) -> Attend:
     return by_kernel
 
 
-def measured(side: int, config: Config, budget: float, compiled: bool, dense: str | None = None) -> dict[str, Any]:
-    """Medians of whole training steps, and of their attention alone, forward and backward, in every layer.
+def measured(
+    side: int, config: Config, budget: float, compiled: bool, dense: str | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is measured, and medians of whole training steps, and of attention alone, forward and backward.
 
     budget: seconds to time steps for. compiled: whether the model's blocks are."""
     device = torch.device("cuda")
@@ -89,7 +80,7 @@ def measured(side: int, config: Config, budget: float, compiled: bool, dense: st
     attend = attention_by(dense, config)
     for block in model.blocks:
         block.attend = attend
-    optimiser = torch.optim.AdamW(model.parameters(), 1e-4)
+    optimiser = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
     if compiled:
         torch.compiler.reset()  # or after some models nothing is compiled any more
         for block in model.blocks:
@@ -119,7 +110,7 @@ def measured(side: int, config: Config, budget: float, compiled: bool, dense: st
     whole = seconds(step, budget)
     memory = torch.cuda.max_memory_allocated() - before
     both, forward = seconds(attention, budget / 4), seconds(inference, budget / 4)
-    return {
+    settings = {
         "side": side,
         "attention": dense or "LLSA",
         "levels": None if dense else config.levels,
@@ -127,6 +118,8 @@ def measured(side: int, config: Config, budget: float, compiled: bool, dense: st
         "enrich": config.enrich,
         "batch": batch,
         "compiled": compiled,
+    }
+    return settings, {
         "step_ms": round(1e3 * whole, 2),
         "tokens_per_second": round(batch * side**2 / whole),
         "attention_ms": round(1e3 * both, 3),

@@ -26,6 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
     parser.add_argument("--out", type=Path, required=True, help="a PNG")
     args = parser.parse_args(arguments)
+    if args.out.suffix.lower() != ".png":
+        parser.error(f"--out {args.out} is to end in .png")
     settings = weights.settings_of(args.run)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     side = args.side or settings["side"]

@@ -8,7 +8,7 @@ A run that was stopped goes on from its last checkpoint by the same command.
 import argparse
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -86,6 +86,16 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     return args
+
+
+OTHERS = "Other options are train.py's."
+"""What the help of commands says that take them."""
+WITHOUT_EFFECT = ("device", "every", "out", "samples", "workers")
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a run is told apart by: all options that its numbers depend on."""
+    return {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items() if name not in WITHOUT_EFFECT}
 
 
 class Log:

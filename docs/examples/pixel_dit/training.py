@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +45,8 @@ class Ranks(NamedTuple):
 def ranks_of(args: argparse.Namespace) -> Iterator[Ranks]:
     """One process, or torchrun's."""
     kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train: --device is cuda, and PyTorch finds no CUDA device; leave it out to train on the CPU")
     if "RANK" not in os.environ:
         if args.sequence_ranks != 1:
             raise ValueError(f"train: --sequence-ranks is {args.sequence_ranks}, and this is one process; use torchrun")
@@ -105,7 +107,6 @@ class Training:
         torch.manual_seed(args.seed)
         self.model = PixelDiT(self.config, ranks.mesh).to(ranks.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.follow = get_ema_multi_avg_fn(args.ema)  # AveragedModel waits for a GPU at every step
         self.optimiser = torch.optim.AdamW(self.model.parameters(), args.rate, fused=True)
         self.step, self.first_loss, self.recent_loss = 0, math.nan, math.nan
         self.not_read: list[Tensor] = []
@@ -139,9 +140,18 @@ class Training:
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
-        self.follow(list(self.average.parameters()), list(self.model.parameters()), self.step)
+        self.follow()
         self.step += 1
         self.not_read.append(loss.detach())
+
+    def follow(self) -> None:
+        """The moving average of the weights, at first over fewer steps: what a run begins with is soon forgotten.
+
+        AveragedModel would wait for a GPU at every step.
+        """
+        decay = min(self.args.ema, (1 + self.step) / (10 + self.step))
+        average = get_ema_multi_avg_fn(decay)
+        average(list(self.average.parameters()), list(self.model.parameters()), self.step)
 
     def losses(self) -> Iterator[tuple[int, float]]:
         """Each step and its loss, over all processes, since they were read last, unless training has come to nothing.
@@ -190,11 +200,12 @@ class Training:
         shape = (self.args.samples, CHANNELS, self.args.side, self.args.side)
         generator = torch.Generator(self.ranks.device).manual_seed(self.args.seed)
         noise = self.grid.tokens(torch.randn(shape, generator=generator, device=self.ranks.device))
-        tokens = sampled(velocity_by(self.average, self.grid), noise, self.scale)
+        parts = noise.split(self.args.batch // self.ranks.of_data)  # as many at once as in a step
+        tokens = torch.cat([sampled(velocity_by(self.average, self.grid), part, self.scale) for part in parts])
         if self.ranks.mesh is not None:
-            parts = [torch.empty_like(tokens) for _ in range(self.ranks.mesh.size())]
-            dist.all_gather(parts, tokens, group=self.ranks.mesh.get_group())
-            tokens = torch.cat(parts, dim=1)
+            of_ranks = [torch.empty_like(tokens) for _ in range(self.ranks.mesh.size())]
+            dist.all_gather(of_ranks, tokens, group=self.ranks.mesh.get_group())
+            tokens = torch.cat(of_ranks, dim=1)
         if self.ranks.rank == 0:
             save_grid(self.grid.images(tokens), self.args.out / f"samples-{self.step:06}.png")
 
@@ -204,6 +215,11 @@ class Training:
         path: Path = self.args.out / "checkpoint.pt"
         return path
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes it another run if it differs."""
+        return dataclasses.asdict(self.config) | {"side": self.args.side}
+
     def save(self) -> None:
         """All that the next step depends on; the file is whole, whenever the process is killed."""
         if self.ranks.rank != 0:
@@ -211,22 +227,25 @@ class Training:
         state = {
             "step": self.step,
             "losses": (self.first_loss, self.recent_loss),
-            "config": dataclasses.asdict(self.config),
+            "settings": self.settings,
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
         }
         part = self.file.with_suffix(".part")
         torch.save(state, part)
-        weights.write(self.args.out, state["model"], state["average"], state["config"] | {"side": self.args.side})
+        weights.write(self.args.out, state["model"], state["average"], self.settings)
         part.replace(self.file)  # last: where there is a checkpoint, there are weights
 
     def resume(self) -> None:
         """From this run's checkpoint, or with --start from another run's weights."""
         if self.file.exists():
             state = torch.load(self.file, map_location=self.ranks.device, weights_only=True)
-            if state["config"] != dataclasses.asdict(self.config):
-                raise ValueError(f"train: {self.file} is of another model, {state['config']}; use another --out")
+            if state["settings"] != self.settings:
+                raise ValueError(
+                    f"train: {self.file} is of another model or side, {state['settings']}; use another --out, and "
+                    "--start to grow from this one"
+                )
             self.optimiser.load_state_dict(state["optimiser"])
             for group in self.optimiser.param_groups:
                 group["lr"] = self.args.rate  # which may be another than before

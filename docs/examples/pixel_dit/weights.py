@@ -33,10 +33,9 @@ def write(folder: Path, model: Weights, average: Weights, of: dict[str, Any]) ->
     for i, part in enumerate(parts(kept)):
         written.append(folder / f"weights-{i:02}.part")
         save_file(part, written[-1], {"settings": json.dumps(of)})
-    for old in folder.glob("weights-*.safetensors"):
-        old.unlink()
-    for path in written:
-        path.replace(path.with_suffix(".safetensors"))
+    new = [path.replace(path.with_suffix(".safetensors")) for path in written]
+    for old in set(folder.glob("weights-*.safetensors")).difference(new):
+        old.unlink()  # last, so that there always are weights
 
 
 def parts(tensors: Weights) -> Iterator[Weights]:
