@@ -52,7 +52,7 @@ def test_the_bits_and_the_device_of_cupys_call(backend, device, dtype):
 def test_memory_is_shared_and_given_back(backend, monkeypatch):
     given = arrays()
     llsa.attention(*(Array(x) for x in given), **OPTIONS, backend=backend)
-    gc.collect()  # compilers, which the first call needs, leave frames and what is in them
+    gc.collect()  # the first call compiles, and what that leaves in cycles is not asked about here
     of, seen, before = [Array(x) for x in given], [], set(lent)
     plain = type(adapter_of_type(Array)).lend
 

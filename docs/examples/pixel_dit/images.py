@@ -18,7 +18,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class Pictures:
-    """Square pictures of one size, drawn at random: whole ones of a folder, or crops of photographs."""
+    """Square pictures of one size, drawn at random: crops of sources of any size, or else sources of that side."""
 
     def __init__(self, sources: Sequence[Image.Image], side: int, crops: bool) -> None:
         self.sources, self.side, self.crops = list(sources), side, crops

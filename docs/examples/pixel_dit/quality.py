@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import train
 from records import Record
+from training import device_of
 
 KINDS: dict[str, list[str]] = {
     "full attention": ["--attention", "full"],
@@ -37,7 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
     args, of_training = parser.parse_known_args(arguments)
     if any(option.partition("=")[0] == "--seed" for option in of_training):
         parser.error("--seed is each run's own: 0, 1, ... Give --seeds, how many")
-    record = Record(args.out, "quality", train.parsed([*of_training, "--out", str(args.out)]).device)
+    device = device_of(train.parsed([*of_training, "--out", str(args.out)]).device)
+    record = Record(args.out, "quality", device)
     for seed in range(args.seeds):
         for kind in args.kinds:
             own = [*of_training, *KINDS[kind], "--seed", str(seed)]

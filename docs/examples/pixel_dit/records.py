@@ -11,10 +11,8 @@ import torch
 class Record:
     """Rows of a measurement, in a folder; those that are there already stay."""
 
-    def __init__(self, folder: Path, what: str, device: str | None) -> None:
-        """device: `cpu`, `cuda`, or None for cuda where there is one."""
-        on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
-        self.card = torch.cuda.get_device_name() if on_gpu else "CPU"
+    def __init__(self, folder: Path, what: str, device: torch.device) -> None:
+        self.card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         self.path = folder / f"pixel-dit-{what}-{re.sub('[^a-z0-9]+', '-', self.card.lower())}.json"
         self.rows: list[dict[str, Any]] = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
 

@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="to time each model for (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="a folder")
     args = parser.parse_args()
-    record = Record(args.out, "training", "cuda")
+    record = Record(args.out, "training", torch.device("cuda"))
     for side in args.sides:
         for compiled in (True, False):
             for dense in DENSE:

@@ -12,6 +12,7 @@ from flow import noise_scale, sampled
 from images import save_grid
 from model import CHANNELS, Config, Grid, PixelDiT, velocity_by
 from train import natural, positive
+from training import device_of
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     side = args.side or settings["side"]
     config = Config(**{name: value for name, value in settings.items() if name != "side"})
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(args.device)
     model = PixelDiT(config).to(device)
     model.load_state_dict(weights.read(args.run)[1])
     grid = Grid(side, config, device)

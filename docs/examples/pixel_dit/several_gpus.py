@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         with ranks_of(args) as ranks:
             found = measured(Training(args, ranks))
         if ranks.rank == 0:
-            Record(own.out, "several", args.device).add(train.settings_of(args), found)
+            Record(own.out, "several", ranks.device).add(train.settings_of(args), found)
 
 
 def measured(training: Training) -> dict[str, Any]:
@@ -58,14 +58,12 @@ def measured(training: Training) -> dict[str, Any]:
         if several:
             raise  # for the others wait for this one
         return {"step_ms": None, "mib": None, "losses": None}
-    most = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    everywhere = [most]
+    most = torch.tensor(torch.cuda.max_memory_allocated(), device=device)
     if several:
-        everywhere *= dist.get_world_size()
-        dist.all_gather_object(everywhere, most)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
     return {
         "step_ms": round(1e3 * statistics.median(times[WARM_UP:]), 1),
-        "mib": round(max(everywhere) / 2**20),
+        "mib": round(most.item() / 2**20) if device.type == "cuda" else None,
         "losses": [loss for _, loss in training.losses()],
     }
 

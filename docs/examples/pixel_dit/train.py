@@ -37,6 +37,10 @@ PRESETS = {
 
 TOGETHER = 10
 """Steps whose losses are read at once."""
+OTHERS = "Other options are train.py's."
+"""What the help of commands says that take them."""
+WITHOUT_EFFECT = ("device", "every", "out", "samples", "workers")
+"""Options that change no number."""
 
 
 def positive(value: str) -> int:
@@ -86,11 +90,6 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     return args
-
-
-OTHERS = "Other options are train.py's."
-"""What the help of commands says that take them."""
-WITHOUT_EFFECT = ("device", "every", "out", "samples", "workers")
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

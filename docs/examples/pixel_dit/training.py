@@ -41,19 +41,26 @@ class Ranks(NamedTuple):
     device: torch.device
 
 
+def device_of(kind: str | None) -> torch.device:
+    """`cpu` or `cuda`; None for cuda where there is one."""
+    there = torch.cuda.is_available()
+    if kind == "cuda" and not there:
+        raise ValueError("train: --device is cuda, and PyTorch finds no CUDA device; leave it out to train on the CPU")
+    return torch.device(kind or ("cuda" if there else "cpu"))
+
+
 @contextlib.contextmanager
 def ranks_of(args: argparse.Namespace) -> Iterator[Ranks]:
     """One process, or torchrun's."""
-    kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train: --device is cuda, and PyTorch finds no CUDA device; leave it out to train on the CPU")
+    device = device_of(args.device)
+    kind = device.type
     if "RANK" not in os.environ:
         if args.sequence_ranks != 1:
             raise ValueError(f"train: --sequence-ranks is {args.sequence_ranks}, and this is one process; use torchrun")
-        yield Ranks(0, 0, 1, None, torch.device(kind))
+        yield Ranks(0, 0, 1, None, device)
         return
-    device = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
+        device = torch.device(kind, int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
