@@ -20,6 +20,7 @@ import flow
 import images
 import model
 import quality
+import records
 import report
 import safetensors.torch
 import sample
@@ -30,8 +31,10 @@ import train
 import training
 import weights
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SMALL = ["--side", "8", "--batch", "4", "--block-size", "4", "--topk", "2", "--samples", "4", "--device", "cpu"]
+ALONE = training.Ranks(0, 0, 1, None, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -73,9 +76,16 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_losses(one_picture, tmp_path
     train.main([*options, "--steps", "7", "--out", str(broken)])
     assert metrics(broken) == metrics(whole)
     assert (broken / "samples-000007.png").read_bytes() == (whole / "samples-000007.png").read_bytes()
-    for other in (["--topk", "3"], ["--side", "4"]):
-        with pytest.raises(ValueError, match="is of another model or side"):
-            train.main([*options, *other, "--steps", "9", "--out", str(broken)])
+    states = [torch.load(out / "checkpoint.pt") for out in (broken, whole)]
+    assert states[0]["recent_loss"] == states[1]["recent_loss"]
+    board = EventAccumulator(str(broken)).Reload()  # without what was purged
+    assert [event.step for event in board.Scalars("loss")] == list(range(1, 8))
+    for name, value, was in (("topk", 3, 2), ("side", 4, 8), ("seed", 6, 5), ("batch", 2, 4)):
+        with pytest.raises(ValueError, match=f"is of another run, whose {name} is {was}; use another --out"):
+            train.main([*options, f"--{name}", str(value), "--steps", "9", "--out", str(broken)])
+    (broken / "checkpoint.pt").write_bytes((whole / "checkpoint.pt").read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read"):
+        train.main([*options, "--steps", "9", "--out", str(broken)])
 
 
 def test_a_run_that_is_killed_as_it_saves_misses_no_step(one_picture, tmp_path, monkeypatch):
@@ -116,7 +126,7 @@ def test_where_there_is_a_checkpoint_there_are_weights(one_picture, tmp_path, mo
 def test_the_average_forgets_what_a_run_began_with(one_picture, tmp_path):
     """At first it is of few steps, and at last of as many as --ema says."""
     args = train.parsed([*SMALL, *one_picture, "--ema", "0.999", "--out", str(tmp_path)])
-    run = training.Training(args, training.Ranks(0, 0, 1, None, torch.device("cpu")))
+    run = training.Training(args, ALONE)
     (was, *_), (now, *_) = (list(x.parameters()) for x in (run.average, run.model))
     now.data.fill_(1)
     was.data.fill_(0)
@@ -132,13 +142,12 @@ def test_the_average_forgets_what_a_run_began_with(one_picture, tmp_path):
 def test_every_seed_is_judged_by_the_same(tmp_path):
     for i in range(30):
         Image.new("RGB", (8, 8), (8 * i, 100, 50)).save(tmp_path / f"{i}.png")
-    ranks = training.Ranks(0, 0, 1, None, torch.device("cpu"))
 
     def judged(seed, held_out=training.JUDGED_BY):
         args = train.parsed([*SMALL, "--images", str(tmp_path), "--seed", str(seed), "--out", str(tmp_path)])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(training, "JUDGED_BY", held_out)
-            return training.Training(args, ranks).evaluate()  # of a model whose velocity is 0 at first
+            return training.Training(args, ALONE).evaluate()  # of a model whose velocity is 0 at first
 
     assert judged(0) == judged(1) != judged(0, held_out=3)
 
@@ -148,7 +157,7 @@ def test_weights_are_there_whenever_a_run_is_killed(tmp_path, monkeypatch):
         return {f"{i}": torch.full((100,), float(value)) for i in range(tensors)}
 
     monkeypatch.setattr(weights, "MOST_BYTES", 2000)
-    weights.write(tmp_path, weights_of(1, 9), weights_of(1, 9), {})
+    weights.write(tmp_path, weights_of(1, 9), weights_of(1, 9), {}, 1)
     files = set(tmp_path.glob("weights-*.safetensors"))
     assert len(files) > 2
 
@@ -158,9 +167,11 @@ def test_weights_are_there_whenever_a_run_is_killed(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(weights.Path, "unlink", killed)
         with pytest.raises(KeyboardInterrupt):
-            weights.write(tmp_path, weights_of(2, 2), weights_of(2, 2), {})
+            weights.write(tmp_path, weights_of(2, 2), weights_of(2, 2), {}, 2)
     assert set(tmp_path.glob("weights-*.safetensors")) == files
-    weights.write(tmp_path, weights_of(3, 2), weights_of(3, 2), {})
+    with pytest.raises(ValueError, match=r"of steps 2, 2, 1.*; 2 of one step belong together"):
+        weights.read(tmp_path)
+    weights.write(tmp_path, weights_of(3, 2), weights_of(3, 2), {}, 3)
     model, _ = weights.read(tmp_path)
     assert {name: x[0].item() for name, x in model.items()} == {"0": 3, "1": 3}
 
@@ -168,9 +179,9 @@ def test_weights_are_there_whenever_a_run_is_killed(tmp_path, monkeypatch):
 def test_a_run_goes_on_at_another_rate(one_picture, tmp_path):
     """As the error of one that diverges says."""
     options = [*SMALL, *one_picture, "--steps", "2", "--samples", "0", "--out", str(tmp_path)]
-    train.main([*options, "--rate", "0.1"])
+    train.main([*options, "--rate", "0.01"])
     args = train.parsed([*options, "--rate", "0.001"])
-    run = training.Training(args, training.Ranks(0, 0, 1, None, torch.device("cpu")))
+    run = training.Training(args, ALONE)
     assert [group["lr"] for group in run.optimiser.param_groups] == [0.001]
 
 
@@ -190,7 +201,15 @@ def test_losses_are_read_together(one_picture, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--batch", "0"], "--batch: is 0, and is to be 1 or more"), (["--seed", "-1"], "--seed: is -1, and is to be 0")],
+    [
+        (["--batch", "0"], "--batch: is 0, and is to be 1 or more"),
+        (["--seed", "-1"], "--seed: is -1, and is to be 0"),
+        (["--seed", str(2**63)], "and less than 2**63"),
+        (["--rate", "nan"], "--rate: is nan, and is to be more than 0"),
+        (["--rate", "inf"], "--rate: is inf, and is to be more than 0 and finite"),
+        (["--ema", "1"], "--ema: is 1, and is to be 0 or more and less than 1"),
+        (["--attention", "full", "--sequence-ranks", "2"], "use --attention llsa or --sequence-ranks 1"),
+    ],
 )
 def test_wrong_arguments(arguments, words, tmp_path, capsys):
     with pytest.raises(SystemExit):
@@ -279,7 +298,7 @@ def test_growing_from_weights_that_were_moved(one_picture, tmp_path, monkeypatch
     assert max(file.stat().st_size for file in files) <= 60_000
     (tmp_path / "small" / "checkpoint.pt").unlink()
     args = train.parsed([*options, "--start", str(tmp_path / "small"), "--out", str(tmp_path / "large")])
-    grown = training.Training(args, training.Ranks(0, 0, 1, None, torch.device("cpu")))
+    grown = training.Training(args, ALONE)
     of_model, of_average = weights.read(tmp_path / "small")
     for name, x in grown.model.state_dict().items():
         assert torch.equal(x, of_model[name].to(x.dtype))
@@ -287,10 +306,10 @@ def test_growing_from_weights_that_were_moved(one_picture, tmp_path, monkeypatch
         assert torch.equal(x, of_average[name].to(x.dtype))
     args.heads = 1
     with pytest.raises(ValueError, match="is of a model of other sizes than --preset tiny"):
-        training.Training(args, training.Ranks(0, 0, 1, None, torch.device("cpu")))
+        training.Training(args, ALONE)
     args.start = tmp_path
     with pytest.raises(FileNotFoundError, match="has no weights"):
-        training.Training(args, training.Ranks(0, 0, 1, None, torch.device("cpu")))
+        training.Training(args, ALONE)
 
 
 def test_new_pictures_of_a_run(one_picture, tmp_path):
@@ -327,8 +346,27 @@ def test_a_loss_that_diverges_stops(factor, words, one_picture, tmp_path, monkey
     factors = iter([1, *[factor] * 8])
     plain = training.loss_of
     monkeypatch.setattr(training, "loss_of", lambda *given: next(factors) * plain(*given))
-    with pytest.raises(FloatingPointError, match=words):
-        train.main([*SMALL, *one_picture, "--steps", "9", "--out", str(tmp_path / "run")])
+    with pytest.raises(FloatingPointError, match=f"{words}.*nothing is saved yet"):
+        train.main([*SMALL, *one_picture, "--steps", "9", "--every", "9", "--out", str(tmp_path / "run")])
+
+
+def test_weights_that_are_ruined_are_not_saved(one_picture, tmp_path):
+    """A loss is of the weights before its step; and who follows the advice goes on from what was good."""
+    options = [*SMALL, *one_picture, "--samples", "0", "--ema", "0", "--every", "1", "--out", str(tmp_path)]
+    train.main([*options, "--steps", "1"])
+    with pytest.raises(
+        FloatingPointError, match=r"after step 2.*Use a lower --rate than 1e\+30.*checkpoint.pt is of an"
+    ):
+        train.main([*options, "--steps", "2", "--rate", "1e30"])
+    train.main([*options, "--steps", "2", "--rate", "1e-3"])
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2]
+
+
+def test_a_first_step_that_is_easy_is_no_yardstick(one_picture, tmp_path, monkeypatch):
+    args = train.parsed([*SMALL, *one_picture, "--out", str(tmp_path)])
+    run = training.Training(args, ALONE)
+    run.step, run.not_read = 40, [torch.tensor(x) for x in (0.03, *[0.9] * 39)]
+    assert len(list(run.losses())) == 40
 
 
 def test_kinds_of_attention_side_by_side(one_picture, tmp_path, capsys):
@@ -347,9 +385,68 @@ def test_kinds_of_attention_side_by_side(one_picture, tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2
     quality.main([*options, "--kinds", "full attention", "--topk", "3"])
     assert [row["topk"] for row in json.loads(file.read_text())["rows"]] == [2, 2, 3]
-    with pytest.raises(SystemExit):
-        quality.main([*options, "--seed", "2"])
-    assert "Give --seeds" in capsys.readouterr().err
+    for own in ("--seed=2", "--no-enrich", "--attention"):
+        with pytest.raises(SystemExit):
+            quality.main([*options, own, "full"])
+        assert f"{own} is each run's own; give --seeds" in capsys.readouterr().err
+
+
+def test_rows_of_two_commands_are_all_kept(tmp_path):
+    one, two = (records.Record(tmp_path, "quality", torch.device("cpu")) for _ in range(2))
+    for record, kind in ((one, "a"), (two, "b"), (one, "a")):
+        record.add({"kind": kind}, {})
+    assert [row["kind"] for row in one.rows] == ["b", "a"]
+    assert two.holds({"kind": "a"})
+
+
+def test_seeds_make_other_weights_and_the_average_is_judged(one_picture, tmp_path):
+    options = [*SMALL, *one_picture, "--out", str(tmp_path)]
+    one, same, other = (training.Training(train.parsed([*options, "--seed", seed]), ALONE) for seed in ("0", "0", "1"))
+    assert torch.equal(one.model.enter.weight, same.model.enter.weight)
+    assert not torch.equal(one.model.enter.weight, other.model.enter.weight)
+    judged = one.evaluate()
+    for layer in (one.model.enter, one.model.leave):
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    assert one.evaluate() == judged
+    one.average.load_state_dict(one.model.state_dict())
+    assert one.evaluate() != judged
+
+
+def test_gradients_are_clipped(one_picture, tmp_path, monkeypatch):
+    plain = training.loss_of
+    monkeypatch.setattr(training, "loss_of", lambda *given: 1e4 * plain(*given))
+    run = training.Training(train.parsed([*SMALL, *one_picture, "--out", str(tmp_path)]), ALONE)
+    run.train_step()
+    squares = [x.grad.square().sum() for x in run.model.parameters() if x.grad is not None]
+    assert torch.stack(squares).sum().sqrt() == pytest.approx(1, rel=1e-3)
+
+
+def test_noise_is_scaled_wherever_it_is(one_picture, tmp_path, monkeypatch):
+    """In training, in what is judged and in samples; at 8 pixels it would be 1."""
+    seen = []
+
+    def loss_of(velocity, x, noise, t, scale):
+        seen.append(scale)
+        return flow.loss_of(velocity, x, noise, t, scale)
+
+    def sampled(velocity, noise, scale, steps=20):
+        seen.append(scale)
+        return noise
+
+    for module in (training, sample):
+        monkeypatch.setattr(module, "noise_scale", lambda side: side / 4)
+        monkeypatch.setattr(module, "sampled", sampled)
+    monkeypatch.setattr(training, "loss_of", loss_of)
+    train.main([*SMALL, *one_picture, "--steps", "1", "--out", str(tmp_path / "run")])
+    sample.main([str(tmp_path / "run"), "--device", "cpu", "--out", str(tmp_path / "new.png")])
+    assert seen == [2] * (1 + training.HELD_OUT_BATCHES * len(training.TIMES) + 1 + 1)
+
+
+def test_what_is_compiled(one_picture, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(model.Block, "compile", lambda block: seen.append(block))
+    run = training.Training(train.parsed([*SMALL, *one_picture, "--compile", "--out", str(tmp_path)]), ALONE)
+    assert seen == list(run.model.blocks)
 
 
 # --- the flow
@@ -439,7 +536,60 @@ def test_dense_attention_by_a_kernel_that_is_named(monkeypatch):
         report.attention_by("cuDNN", config)(*given)
 
 
+def test_a_block(monkeypatch):
+    """Is the identity at first; later the time matters, and the length of queries and keys does not."""
+    torch.manual_seed(0)
+    config = model.Config(hidden=32, heads=2, layers=1, attention="full")
+    block, grid = model.Block(config, model.attention_of(config, None)), model.Grid(4, config, torch.device("cpu"))
+    x, time = torch.randn(2, 16, 32), torch.randn(2, 32)
+    assert torch.equal(block(x, time, grid.rotation), x)
+    torch.nn.init.normal_(block.modulation.weight)
+    changed = block(x, time, grid.rotation)
+    with torch.no_grad():
+        block.qkv.weight[:64] *= 10
+        block.qkv.bias[:64] *= 10
+    torch.testing.assert_close(block(x, time, grid.rotation), changed, rtol=1e-3, atol=1e-3)
+    whole = model.PixelDiT(config)
+    for layer in (whole.leave, whole.modulation):
+        torch.nn.init.normal_(layer.weight)
+    tokens = torch.randn(1, 16, 3).expand(2, 16, 3)
+    early, late = whole(tokens, torch.tensor([0.2, 0.8]), grid.rotation)
+    assert (early - late).abs().max() > 0.1
+
+
 # --- the pictures
+
+
+def test_pictures_are_seen_in_a_mirror_and_in_parts_of_all_sizes():
+    left = Image.new("RGB", (8, 8))
+    left.paste("white", (0, 0, 4, 8))
+    rng = np.random.default_rng(0)
+    whole = images.Pictures([left], 8, crops=False)
+    assert {whole.draw(rng)[0, 0, 0].item() for _ in range(20)} == {-1, 1}
+    ramp = Image.fromarray(np.repeat(np.arange(0, 256, 2, np.uint8)[None, :, None], 128, 0).repeat(3, 2))
+    spans = [(x.max() - x.min()).item() for x in (images.Pictures([ramp], 8, crops=True).draw(rng) for _ in range(40))]
+    assert min(spans) < 0.6
+    assert max(spans) > 1.4
+
+
+def test_files_that_are_no_pictures_are_named(tmp_path):
+    turned = Image.new("RGB", (2, 2), "white")
+    turned.putpixel((0, 0), (0, 0, 0))
+    turned.getexif()[0x0112] = 3  # upside down
+    turned.save(tmp_path / "a.png", exif=turned.getexif())
+    Image.new("RGB", (9, 9)).save(tmp_path / "b.png")
+    (tmp_path / "folder.png").mkdir()
+    kept, held = images.folder(tmp_path, 2)
+    assert len(kept.sources) == len(held.sources) == 1
+    assert held.sources[0].getpixel((1, 1)) == (0, 0, 0)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    noise.save(tmp_path / "c.png")
+    (tmp_path / "c.png").write_bytes((tmp_path / "c.png").read_bytes()[:900])
+    with pytest.raises(ValueError, match=r"c\.png cannot be read as a picture"):
+        images.folder(tmp_path, 4)
+    (tmp_path / "c.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"c\.png cannot be read as a picture"):
+        images.folder(tmp_path, 5)
 
 
 def test_pictures_of_a_font(tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def folder(path: Path, side: int) -> tuple[Pictures, Pictures]:
     A hundredth of them in a row, in the order of their names, is trained on or held out together: neighbours are often
     alike, as frames of a film or variants of a drawing are.
     """
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS)
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS and not file.is_dir())
     if len(files) < 2:
         raise ValueError(f"train: --images {path} has {len(files)} pictures ({', '.join(ENDINGS)}); it needs 2 or more")
     with ThreadPoolExecutor() as threads:
@@ -68,13 +68,16 @@ def folder(path: Path, side: int) -> tuple[Pictures, Pictures]:
 
 def on_white(file: Path) -> Image.Image:
     """A picture as it is meant to be seen, on white where it is transparent."""
-    with Image.open(file) as opened:
-        if opened.mode.startswith(("I", "F")):
-            raise ValueError(
-                f"train: {file} has pixels of 16 or 32 bits (Pillow's mode {opened.mode}); convert it to 8 bits a "
-                "channel"
-            )
-        seen = ImageOps.exif_transpose(opened).convert("RGBA")
+    try:
+        with Image.open(file) as opened:
+            if opened.mode.startswith(("I", "F")):
+                raise ValueError(
+                    f"train: {file} has pixels of 16 or 32 bits (Pillow's mode {opened.mode}); convert it to 8 bits a "
+                    "channel"
+                )
+            seen = ImageOps.exif_transpose(opened).convert("RGBA")
+    except (OSError, SyntaxError) as error:  # the second of a PNG that is broken in its middle
+        raise ValueError(f"train: {file} cannot be read as a picture ({error}); mend or remove it") from error
     return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import train
 from records import Record
-from training import device_of
+from training import device_of, settings_of
 
 KINDS: dict[str, list[str]] = {
     "full attention": ["--attention", "full"],
@@ -26,6 +26,9 @@ KINDS: dict[str, list[str]] = {
     "LLSA without reweighting": ["--no-reweight"],
     "LLSA without reordering": ["--no-reorder"],
 }
+SWITCHES = [f"--{no}{name}" for name in ("enrich", "reweight", "reorder") for no in ("", "no-")]
+OWN = ("--seed", "--attention", *SWITCHES)
+"""Options that tell the runs apart."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -34,17 +37,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False, epilog=train.OTHERS)
     parser.add_argument("--seeds", type=train.positive, default=3, help="runs of each kind (default: %(default)s)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="(default: all)")
-    parser.add_argument("--out", type=Path, required=True, help="a folder")
+    parser.add_argument("--out", type=Path, required=True, help="a folder, of one such command at a time")
     args, of_training = parser.parse_known_args(arguments)
-    if any(option.partition("=")[0] == "--seed" for option in of_training):
-        parser.error("--seed is each run's own: 0, 1, ... Give --seeds, how many")
+    for option in of_training:
+        if option.partition("=")[0] in OWN:
+            parser.error(f"{option} is each run's own; give --seeds, how many, and --kinds, which")
     device = device_of(train.parsed([*of_training, "--out", str(args.out)]).device)
     record = Record(args.out, "quality", device)
     for seed in range(args.seeds):
         for kind in args.kinds:
             own = [*of_training, *KINDS[kind], "--seed", str(seed)]
             out = args.out / re.sub("[^a-z0-9]+", "-", f"{len(record.rows):03}-{kind.lower()}-{seed}")
-            settings = {"kind": kind} | train.settings_of(train.parsed([*own, "--out", str(out)]))
+            settings = {"kind": kind} | settings_of(train.parsed([*own, "--out", str(out)]))
             if not record.holds(settings):
                 record.add(settings, trained(own, out))
                 shutil.rmtree(out)

@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="to time each model for (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="a folder")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("measures a GPU, and PyTorch finds none")
     record = Record(args.out, "training", torch.device("cuda"))
     for side in args.sides:
         for compiled in (True, False):

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import train
 from records import Record
-from training import Training, ranks_of
+from training import Training, ranks_of, settings_of
 
 WARM_UP = 3
 """Steps that compile, and that fill what is reused."""
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         with ranks_of(args) as ranks:
             found = measured(Training(args, ranks))
         if ranks.rank == 0:
-            Record(own.out, "several", ranks.device).add(train.settings_of(args), found)
+            Record(own.out, "several", ranks.device).add(settings_of(args), found)
 
 
 def measured(training: Training) -> dict[str, Any]:

@@ -7,8 +7,9 @@ A run that was stopped goes on from its last checkpoint by the same command.
 
 import argparse
 import json
+import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -39,8 +40,8 @@ TOGETHER = 10
 """Steps whose losses are read at once."""
 OTHERS = "Other options are train.py's."
 """What the help of commands says that take them."""
-WITHOUT_EFFECT = ("device", "every", "out", "samples", "workers")
-"""Options that change no number."""
+MOST_EVERY = 1000
+"""Steps between checkpoints, or a fifth of a run that has fewer."""
 
 
 def positive(value: str) -> int:
@@ -52,16 +53,34 @@ def positive(value: str) -> int:
 
 
 def natural(value: str) -> int:
-    """One that may be 0."""
+    """One that may be 0, or a seed."""
     number = int(value)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"is {value}, and is to be 0 or more")
+    if not 0 <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"is {value}, and is to be 0 or more, and less than 2**63")
+    return number
+
+
+def rate(value: str) -> float:
+    """Of learning."""
+    number = float(value)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"is {value}, and is to be more than 0 and finite")
+    return number
+
+
+def decay(value: str) -> float:
+    """The share of a moving average that is kept."""
+    number = float(value)
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"is {value}, and is to be 0 or more and less than 1")
     return number
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, the preset's values in the place of those that are not given."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    presets = "; ".join(f"{x}: {', '.join(f'{k} {v}' for k, v in of._asdict().items())}" for x, of in PRESETS.items())
+    about = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False, epilog=f"Presets: {presets}.")
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="sizes (default: %(default)s)")
     parser.add_argument("--attention", choices=("llsa", "full"), default="llsa", help="(default: %(default)s)")
     parser.add_argument("--levels", type=positive, help="coarse levels L (default: by the number of pixels)")
@@ -74,11 +93,11 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--side", type=positive, help="pixels a side")
     parser.add_argument("--batch", type=positive, help="pictures a step, of all processes together")
     parser.add_argument("--steps", type=positive, help="how many to train")
-    parser.add_argument("--rate", type=float, help="learning rate of AdamW")
-    parser.add_argument("--ema", type=float, help="decay of the weights' moving average, which samples")
+    parser.add_argument("--rate", type=rate, help="learning rate of AdamW")
+    parser.add_argument("--ema", type=decay, help="decay of the weights' moving average, which samples")
     parser.add_argument("--seed", type=natural, default=0, help="of everything random (default: %(default)s)")
     parser.add_argument("--start", type=Path, help="another run's folder, to grow from its weights")
-    parser.add_argument("--every", type=positive, default=1000, help="steps between checkpoints (default: %(default)s)")
+    parser.add_argument("--every", type=positive, help="steps between checkpoints (default: a fifth, and at most 1000)")
     parser.add_argument("--samples", type=natural, default=16, help="pictures made at each (default: %(default)s)")
     parser.add_argument("--sequence-ranks", type=positive, default=1, help="processes that share one picture's tokens")
     parser.add_argument("--workers", type=natural, default=8, help="processes that draw for a GPU (default: 8)")
@@ -89,12 +108,11 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     for name, value in PRESETS[args.preset]._asdict().items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
+    if args.every is None:
+        args.every = max(1, min(MOST_EVERY, args.steps // 5))
+    if args.attention == "full" and args.sequence_ranks > 1:
+        parser.error("--attention full does not share a picture's pixels: use --attention llsa or --sequence-ranks 1")
     return args
-
-
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What a run is told apart by: all options that its numbers depend on."""
-    return {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items() if name not in WITHOUT_EFFECT}
 
 
 class Log:
@@ -104,7 +122,9 @@ class Log:
         self.path = out / "metrics.jsonl"
         before = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         kept = [line for line in before if line.endswith("\n") and json.loads(line)["step"] <= step]
-        self.path.write_text("".join(kept))
+        part = self.path.with_suffix(".part")
+        part.write_text("".join(kept))
+        part.replace(self.path)
         self.board = SummaryWriter(str(out), purge_step=step + 1)
 
     def add(self, step: int, **values: float) -> None:
@@ -139,6 +159,9 @@ def main(arguments: list[str] | None = None) -> None:
             if is_kept:
                 training.save()  # last: what was logged of steps after a checkpoint is logged again
             bar.set_postfix(loss=f"{training.recent_loss:.3f}")
+        bar.close()
+        if log is not None:
+            print(f"{args.out}: {training.step:,} steps, loss {training.recent_loss:.3f} of late", file=sys.stderr)
 
 
 if __name__ == "__main__":

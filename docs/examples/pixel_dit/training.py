@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 import os
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
@@ -29,6 +30,17 @@ TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 HELD_OUT_BATCHES = 4
 JUDGED_BY = 2**31
 """The seed of draws of what is held out: runs of every --seed are judged by the same pictures and noise."""
+DIVERGED = 5.0
+"""Times the loss of a model that predicts 0, which is 1 + s squared at most, for pixels are of -1 .. 1."""
+WITHOUT_EFFECT = ("device", "every", "out", "samples", "workers")
+"""Options that make no other run."""
+MAY_CHANGE = ("compile", "ema", "rate", "sequence_ranks", "steps")
+"""Options with which a run may go on otherwise than it began."""
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a run is told apart by: all options that its numbers depend on."""
+    return {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items() if name not in WITHOUT_EFFECT}
 
 
 class Ranks(NamedTuple):
@@ -45,7 +57,7 @@ def device_of(kind: str | None) -> torch.device:
     """`cpu` or `cuda`; None for cuda where there is one."""
     there = torch.cuda.is_available()
     if kind == "cuda" and not there:
-        raise ValueError("train: --device is cuda, and PyTorch finds no CUDA device; leave it out to train on the CPU")
+        raise ValueError("pixel_dit: --device is cuda, and PyTorch finds no CUDA device; leave it out for the CPU")
     return torch.device(kind or ("cuda" if there else "cpu"))
 
 
@@ -115,7 +127,8 @@ class Training:
         self.model = PixelDiT(self.config, ranks.mesh).to(ranks.device)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.optimiser = torch.optim.AdamW(self.model.parameters(), args.rate, fused=True)
-        self.step, self.first_loss, self.recent_loss = 0, math.nan, math.nan
+        self.step, self.recent_loss = 0, math.nan
+        self.most = DIVERGED * (1 + self.scale**2)
         self.not_read: list[Tensor] = []
         self.resume()
         self.trained: nn.Module = self.model
@@ -170,13 +183,17 @@ class Training:
         self.not_read.clear()
         for step, value in enumerate(values, self.step - len(values) + 1):
             self.recent_loss = value if math.isnan(self.recent_loss) else 0.95 * self.recent_loss + 0.05 * value
-            self.first_loss = value if math.isnan(self.first_loss) else self.first_loss
-            if not math.isfinite(value) or self.recent_loss > 5 * self.first_loss:
-                raise FloatingPointError(
-                    f"train: the loss is {value:.3g} at step {step}, and was {self.first_loss:.3g} at first: training "
-                    f"diverges. Use a lower --rate than {self.args.rate:g}; {self.file} is of an earlier step"
-                )
+            if not self.recent_loss <= self.most:  # NaN neither
+                raise self.diverges(f"the loss is {value:.3g} at step {step}")
             yield step, value
+
+    def diverges(self, found: str) -> FloatingPointError:
+        """The error of training that has come to nothing."""
+        saved = f"{self.file} is of an earlier step" if self.file.exists() else "nothing is saved yet"
+        return FloatingPointError(
+            f"train: {found}, and of a model that predicts 0 it is {1 + self.scale**2:.3g} at most: training diverges. "
+            f"Use a lower --rate than {self.args.rate:g}; {saved}"
+        )
 
     def over_ranks(self, values: Tensor) -> Tensor:
         """Their mean over all processes."""
@@ -196,6 +213,9 @@ class Training:
                 at_time = batch._replace(t=torch.full_like(batch.t, time))
                 losses[i] += loss_of(velocity, *at_time, self.scale) / HELD_OUT_BATCHES
         found = dict(zip(TIMES, self.over_ranks(losses).tolist()))
+        for time, loss in found.items():
+            if not loss <= self.most:  # a step's loss is of the weights before it: this is the first to see them
+                raise self.diverges(f"the held-out loss at t = {time} is {loss:.3g} after step {self.step}")
         of_losses = {f"held_out_loss_{time}": loss for time, loss in found.items()}
         # Pixels are of -1 .. 1. What x_t - t v is off by is t times what v is off by.
         return of_losses | {f"psnr_{time}": 10 * math.log10(4 / (time**2 * loss)) for time, loss in found.items()}
@@ -223,8 +243,8 @@ class Training:
         return path
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What makes it another run if it differs."""
+    def of_model(self) -> dict[str, Any]:
+        """What its weights are of."""
         return dataclasses.asdict(self.config) | {"side": self.args.side}
 
     def save(self) -> None:
@@ -233,32 +253,33 @@ class Training:
             return
         state = {
             "step": self.step,
-            "losses": (self.first_loss, self.recent_loss),
-            "settings": self.settings,
+            "recent_loss": self.recent_loss,
+            "settings": settings_of(self.args),
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimiser": self.optimiser.state_dict(),
         }
         part = self.file.with_suffix(".part")
         torch.save(state, part)
-        weights.write(self.args.out, state["model"], state["average"], self.settings)
+        weights.write(self.args.out, state["model"], state["average"], self.of_model, self.step)
         part.replace(self.file)  # last: where there is a checkpoint, there are weights
 
     def resume(self) -> None:
         """From this run's checkpoint, or with --start from another run's weights."""
         if self.file.exists():
-            state = torch.load(self.file, map_location=self.ranks.device, weights_only=True)
-            if state["settings"] != self.settings:
+            state, own = self.loaded(self.file), settings_of(self.args)
+            others = [f"{k} is {x}" for k, x in state["settings"].items() if k not in MAY_CHANGE and own[k] != x]
+            if others:
                 raise ValueError(
-                    f"train: {self.file} is of another model or side, {state['settings']}; use another --out, and "
-                    "--start to grow from this one"
+                    f"train: {self.file} is of another run, whose {', '.join(others)}; use another --out, and --start "
+                    "to grow from this one"
                 )
             self.optimiser.load_state_dict(state["optimiser"])
             for group in self.optimiser.param_groups:
                 group["lr"] = self.args.rate  # which may be another than before
-            self.step, (self.first_loss, self.recent_loss) = state["step"], state["losses"]
+            self.step, self.recent_loss = state["step"], state["recent_loss"]
         elif self.args.start is not None and (other := self.args.start / self.file.name).exists():
-            state = torch.load(other, map_location=self.ranks.device, weights_only=True)
+            state = self.loaded(other)
         elif self.args.start is not None:
             state = dict(zip(("model", "average"), weights.read(self.args.start)))
         else:
@@ -271,3 +292,13 @@ class Training:
                 f"train: --start {self.args.start} is of a model of other sizes than --preset {self.args.preset}; give "
                 "the preset that it was trained with"
             ) from error
+
+    def loaded(self, file: Path) -> dict[str, Any]:
+        """A checkpoint."""
+        try:
+            state: dict[str, Any] = torch.load(file, map_location=self.ranks.device, weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"train: {file} cannot be read ({error}); copy it again, or remove it to begin anew"
+            ) from error
+        return state
