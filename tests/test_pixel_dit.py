@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import socket
 import sys
 import types
@@ -64,8 +65,15 @@ def test_one_image_is_learnt(attention, one_picture, tmp_path):
         assert min(grid.size) >= 256
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_losses(one_picture, tmp_path):
+def test_a_run_that_was_stopped_goes_on_to_the_same_losses(one_picture, tmp_path, monkeypatch):
     """Killed after a checkpoint, while the next was written and a line of metrics half so."""
+    purged, writer = [], train.SummaryWriter
+
+    def board_of(out, purge_step):
+        purged.append(purge_step)
+        return writer(out, purge_step=purge_step)
+
+    monkeypatch.setattr(train, "SummaryWriter", board_of)
     options = [*SMALL, *one_picture, "--every", "3", "--seed", "5"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train.main([*options, "--steps", "7", "--out", str(whole)])
@@ -78,13 +86,18 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_losses(one_picture, tmp_path
     assert (broken / "samples-000007.png").read_bytes() == (whole / "samples-000007.png").read_bytes()
     states = [torch.load(out / "checkpoint.pt") for out in (broken, whole)]
     assert states[0]["recent_loss"] == states[1]["recent_loss"]
-    board = EventAccumulator(str(broken)).Reload()  # without what was purged
+    assert purged == [1, 1, 4]
+    board = EventAccumulator(str(whole)).Reload()
     assert [event.step for event in board.Scalars("loss")] == list(range(1, 8))
     for name, value, was in (("topk", 3, 2), ("side", 4, 8), ("seed", 6, 5), ("batch", 2, 4)):
-        with pytest.raises(ValueError, match=f"is of another run, whose {name} is {was}; use another --out"):
+        with pytest.raises(ValueError, match=f"is of another run, whose {name} is {was} .here {value}.; give the same"):
             train.main([*options, f"--{name}", str(value), "--steps", "9", "--out", str(broken)])
-    (broken / "checkpoint.pt").write_bytes((whole / "checkpoint.pt").read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read"):
+    for cut in ((whole / "checkpoint.pt").read_bytes()[:1000], b"", b"hello world"):
+        (broken / "checkpoint.pt").write_bytes(cut)
+        with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read as a checkpoint"):
+            train.main([*options, "--steps", "9", "--out", str(broken)])
+    torch.save({"model": 1}, broken / "checkpoint.pt")
+    with pytest.raises(ValueError, match="it holds something else"):
         train.main([*options, "--steps", "9", "--out", str(broken)])
 
 
@@ -174,6 +187,13 @@ def test_weights_are_there_whenever_a_run_is_killed(tmp_path, monkeypatch):
     weights.write(tmp_path, weights_of(3, 2), weights_of(3, 2), {}, 3)
     model, _ = weights.read(tmp_path)
     assert {name: x[0].item() for name, x in model.items()} == {"0": 3, "1": 3}
+    first, *others = sorted(tmp_path.glob("weights-*.safetensors"))
+    others[0].rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"has 1 weights-.* 2 of one step belong together"):
+        weights.read(tmp_path)
+    first.write_bytes(first.read_bytes()[:100])
+    with pytest.raises(ValueError, match="is not whole"):
+        weights.read(tmp_path)
 
 
 def test_a_run_goes_on_at_another_rate(one_picture, tmp_path):
@@ -217,6 +237,11 @@ def test_wrong_arguments(arguments, words, tmp_path, capsys):
     assert words in capsys.readouterr().err
 
 
+def test_checkpoints_are_five_or_more(tmp_path):
+    every = {steps: train.parsed(["--steps", str(steps), "--out", str(tmp_path)]).every for steps in (3, 300, 20_000)}
+    assert every == {3: 1, 300: 60, 20_000: 1000}
+
+
 def test_a_device_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="--device is cuda, and PyTorch finds no CUDA device"):
@@ -242,8 +267,10 @@ def spawn_two(main, arguments):
 
 @pytest.mark.parametrize("shared", [1, 2], ids=["data", "sequence"])
 def test_two_ranks_are_one_process(shared, one_picture, tmp_path):
-    options = [*SMALL, *one_picture, "--steps", "4", "--every", "4", "--rate", "0.01"]
+    """Of which one may go on with what the other began."""
+    options = [*SMALL, *one_picture, "--steps", "4", "--every", "2", "--rate", "0.01"]
     train.main([*options, "--out", str(tmp_path / "one")])
+    train.main([*options, "--steps", "2", "--out", str(tmp_path / "two")])
     spawn_two(train.main, [*options, "--sequence-ranks", str(shared), "--out", str(tmp_path / "two")])
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert two == pytest.approx(one, rel=1e-4)
@@ -352,14 +379,15 @@ def test_a_loss_that_diverges_stops(factor, words, one_picture, tmp_path, monkey
 
 def test_weights_that_are_ruined_are_not_saved(one_picture, tmp_path):
     """A loss is of the weights before its step; and who follows the advice goes on from what was good."""
-    options = [*SMALL, *one_picture, "--samples", "0", "--ema", "0", "--every", "1", "--out", str(tmp_path)]
-    train.main([*options, "--steps", "1"])
-    with pytest.raises(
-        FloatingPointError, match=r"after step 2.*Use a lower --rate than 1e\+30.*checkpoint.pt is of an"
-    ):
-        train.main([*options, "--steps", "2", "--rate", "1e30"])
-    train.main([*options, "--steps", "2", "--rate", "1e-3"])
-    assert [row["step"] for row in metrics(tmp_path)] == [1, 2]
+    options = [*SMALL, *one_picture, "--samples", "0", "--every", "1", "--out", str(tmp_path)]
+    train.main([*options, "--steps", "20"])
+    for rate in ("0.3", "1e+30"):
+        with pytest.raises(
+            FloatingPointError, match=rf"after step 21.*lower --rate than {re.escape(rate)}; .*is of an ea"
+        ):
+            train.main([*options, "--steps", "22", "--rate", rate])
+    train.main([*options, "--steps", "21", "--rate", "1e-3"])
+    assert [row["step"] for row in metrics(tmp_path)] == list(range(1, 22))
 
 
 def test_a_first_step_that_is_easy_is_no_yardstick(one_picture, tmp_path, monkeypatch):
@@ -369,7 +397,7 @@ def test_a_first_step_that_is_easy_is_no_yardstick(one_picture, tmp_path, monkey
     assert len(list(run.losses())) == 40
 
 
-def test_kinds_of_attention_side_by_side(one_picture, tmp_path, capsys):
+def test_kinds_of_attention_side_by_side(one_picture, tmp_path, capsys, monkeypatch):
     """Each trained, judged and sampled, and not again if it was."""
     options = [*SMALL, *one_picture, "--steps", "1", "--seeds", "1", "--out", str(tmp_path)]
     for _ in range(2):
@@ -389,9 +417,16 @@ def test_kinds_of_attention_side_by_side(one_picture, tmp_path, capsys):
         with pytest.raises(SystemExit):
             quality.main([*options, own, "full"])
         assert f"{own} is each run's own; give --seeds" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        quality.main([*options, "--see", "3"])
+    assert "unrecognized arguments: --see" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit):
+        quality.main(options)
+    assert "start it without torchrun" in capsys.readouterr().err
 
 
-def test_rows_of_two_commands_are_all_kept(tmp_path):
+def test_rows_that_another_command_added_stay(tmp_path):
     one, two = (records.Record(tmp_path, "quality", torch.device("cpu")) for _ in range(2))
     for record, kind in ((one, "a"), (two, "b"), (one, "a")):
         record.add({"kind": kind}, {})
@@ -408,6 +443,10 @@ def test_seeds_make_other_weights_and_the_average_is_judged(one_picture, tmp_pat
     for layer in (one.model.enter, one.model.leave):
         torch.nn.init.normal_(layer.weight, std=0.1)
     assert one.evaluate() == judged
+    torch.nn.init.normal_(one.model.leave.weight, std=100)
+    with pytest.raises(FloatingPointError, match=r"held-out loss is .* after step 0"):  # though the average is not yet
+        one.evaluate()
+    torch.nn.init.normal_(one.model.leave.weight, std=0.1)
     one.average.load_state_dict(one.model.state_dict())
     assert one.evaluate() != judged
 
@@ -439,7 +478,7 @@ def test_noise_is_scaled_wherever_it_is(one_picture, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "loss_of", loss_of)
     train.main([*SMALL, *one_picture, "--steps", "1", "--out", str(tmp_path / "run")])
     sample.main([str(tmp_path / "run"), "--device", "cpu", "--out", str(tmp_path / "new.png")])
-    assert seen == [2] * (1 + training.HELD_OUT_BATCHES * len(training.TIMES) + 1 + 1)
+    assert seen == [2] * (1 + training.HELD_OUT_BATCHES * (len(training.TIMES) + 1) + 1 + 1)
 
 
 def test_what_is_compiled(one_picture, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Pictures to train on: scikit-image's photographs, or a folder of one's own; each with a part that is held out."""
 
+import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -15,6 +16,8 @@ HELD_OUT = 0.3
 """The right part of each photograph, which is never trained on."""
 LANCZOS = Image.Resampling.LANCZOS
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises at files that are broken, or too large to be meant."""
 
 
 class Pictures:
@@ -70,14 +73,14 @@ def on_white(file: Path) -> Image.Image:
     """A picture as it is meant to be seen, on white where it is transparent."""
     try:
         with Image.open(file) as opened:
-            if opened.mode.startswith(("I", "F")):
-                raise ValueError(
-                    f"train: {file} has pixels of 16 or 32 bits (Pillow's mode {opened.mode}); convert it to 8 bits a "
-                    "channel"
-                )
-            seen = ImageOps.exif_transpose(opened).convert("RGBA")
-    except (OSError, SyntaxError) as error:  # the second of a PNG that is broken in its middle
+            turned = ImageOps.exif_transpose(opened)
+    except UNREADABLE as error:
         raise ValueError(f"train: {file} cannot be read as a picture ({error}); mend or remove it") from error
+    if turned.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"train: {file} has pixels of 16 or 32 bits (Pillow's mode {turned.mode}); convert it to 8 bits a channel"
+        )
+    seen = turned.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
 
 

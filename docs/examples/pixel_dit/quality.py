@@ -8,6 +8,7 @@ writes pixel-dit-quality-<card>.json, a row a run, and beside it each run's samp
 
 import argparse
 import json
+import os
 import re
 import shutil
 import time
@@ -42,6 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
     for option in of_training:
         if option.partition("=")[0] in OWN:
             parser.error(f"{option} is each run's own; give --seeds, how many, and --kinds, which")
+    if "RANK" in os.environ:
+        parser.error("trains in one process; start it without torchrun")
     device = device_of(train.parsed([*of_training, "--out", str(args.out)]).device)
     record = Record(args.out, "quality", device)
     for seed in range(args.seeds):

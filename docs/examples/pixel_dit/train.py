@@ -41,7 +41,7 @@ TOGETHER = 10
 OTHERS = "Other options are train.py's."
 """What the help of commands says that take them."""
 MOST_EVERY = 1000
-"""Steps between checkpoints, or a fifth of a run that has fewer."""
+"""Steps lie between checkpoints, and at most a fifth of a run."""
 
 
 def positive(value: str) -> int:

@@ -34,12 +34,13 @@ DIVERGED = 5.0
 """Times the loss of a model that predicts 0, which is 1 + s squared at most, for pixels are of -1 .. 1."""
 WITHOUT_EFFECT = ("device", "every", "out", "samples", "workers")
 """Options that make no other run."""
-MAY_CHANGE = ("compile", "ema", "rate", "sequence_ranks", "steps")
+MAY_CHANGE = ("compile", "ema", "rate", "sequence_ranks", "start", "steps")
 """Options with which a run may go on otherwise than it began."""
+IN_CHECKPOINT = {"step", "recent_loss", "settings", "model", "average", "optimiser"}
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What a run is told apart by: all options that its numbers depend on."""
+    """What a run is told apart by: all options that its numbers depend on, but for the device."""
     return {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items() if name not in WITHOUT_EFFECT}
 
 
@@ -206,16 +207,21 @@ class Training:
     def evaluate(self) -> dict[str, float]:
         """Of held-out pictures, the average's loss, and the PSNR in dB of denoising in one step, at fixed times."""
         velocity = velocity_by(self.average, self.grid)
-        losses = torch.zeros(len(TIMES), device=self.ranks.device)
+        losses = torch.zeros(len(TIMES) + 1, device=self.ranks.device)
         for drawn in self.draws(self.held_out, JUDGED_BY, range(HELD_OUT_BATCHES)):
             batch = self.tokens(drawn)
             for i, time in enumerate(TIMES):
                 at_time = batch._replace(t=torch.full_like(batch.t, time))
                 losses[i] += loss_of(velocity, *at_time, self.scale) / HELD_OUT_BATCHES
-        found = dict(zip(TIMES, self.over_ranks(losses).tolist()))
-        for time, loss in found.items():
-            if not loss <= self.most:  # a step's loss is of the weights before it: this is the first to see them
-                raise self.diverges(f"the held-out loss at t = {time} is {loss:.3g} after step {self.step}")
+            with torch.enable_grad():  # by what is compiled already
+                now = loss_of(velocity_by(self.model, self.grid), *batch, self.scale)
+            losses[-1] += now.detach() / HELD_OUT_BATCHES
+        *of_average, of_model = self.over_ranks(losses).tolist()
+        # A step's loss is of the weights before it, and an average hides much: ruined weights are first seen here
+        for loss in (of_model, *of_average):
+            if not loss <= self.most:
+                raise self.diverges(f"the held-out loss is {loss:.3g} after step {self.step}")
+        found = dict(zip(TIMES, of_average))
         of_losses = {f"held_out_loss_{time}": loss for time, loss in found.items()}
         # Pixels are of -1 .. 1. What x_t - t v is off by is t times what v is off by.
         return of_losses | {f"psnr_{time}": 10 * math.log10(4 / (time**2 * loss)) for time, loss in found.items()}
@@ -262,24 +268,25 @@ class Training:
         part = self.file.with_suffix(".part")
         torch.save(state, part)
         weights.write(self.args.out, state["model"], state["average"], self.of_model, self.step)
-        part.replace(self.file)  # last: where there is a checkpoint, there are weights
+        part.replace(self.file)  # last: a kill before it makes the same command write all of this again
 
     def resume(self) -> None:
         """From this run's checkpoint, or with --start from another run's weights."""
         if self.file.exists():
-            state, own = self.loaded(self.file), settings_of(self.args)
-            others = [f"{k} is {x}" for k, x in state["settings"].items() if k not in MAY_CHANGE and own[k] != x]
+            state, own = loaded(self.file), settings_of(self.args)
+            others = [k for k, x in state["settings"].items() if k not in MAY_CHANGE and own.get(k) != x]
             if others:
+                differ = ", ".join(f"{k} is {state['settings'][k]} (here {own.get(k)})" for k in others)
                 raise ValueError(
-                    f"train: {self.file} is of another run, whose {', '.join(others)}; use another --out, and --start "
-                    "to grow from this one"
+                    f"train: {self.file} is of another run, whose {differ}; give the same to go on with it, or another "
+                    "--out, and --start to grow from it"
                 )
             self.optimiser.load_state_dict(state["optimiser"])
             for group in self.optimiser.param_groups:
                 group["lr"] = self.args.rate  # which may be another than before
             self.step, self.recent_loss = state["step"], state["recent_loss"]
         elif self.args.start is not None and (other := self.args.start / self.file.name).exists():
-            state = self.loaded(other)
+            state = loaded(other)
         elif self.args.start is not None:
             state = dict(zip(("model", "average"), weights.read(self.args.start)))
         else:
@@ -293,12 +300,17 @@ class Training:
                 "the preset that it was trained with"
             ) from error
 
-    def loaded(self, file: Path) -> dict[str, Any]:
-        """A checkpoint."""
-        try:
-            state: dict[str, Any] = torch.load(file, map_location=self.ranks.device, weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(
-                f"train: {file} cannot be read ({error}); copy it again, or remove it to begin anew"
-            ) from error
-        return state
+
+def loaded(file: Path) -> dict[str, Any]:
+    """A checkpoint."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        state, why = None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    else:
+        why = "it holds something else"
+    if not isinstance(state, dict) or not IN_CHECKPOINT <= state.keys():
+        raise ValueError(
+            f"train: {file} cannot be read as a checkpoint of train.py ({why}); copy it again, or remove it"
+        )
+    return state

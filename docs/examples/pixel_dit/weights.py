@@ -36,7 +36,7 @@ def write(folder: Path, model: Weights, average: Weights, of: dict[str, Any], st
         written[-1].write_bytes(save(part, told))  # save_file's are for their owner alone
     new = [path.replace(path.with_suffix(".safetensors")) for path in written]
     for old in set(folder.glob("weights-*.safetensors")).difference(new):
-        old.unlink()  # last, so that there always are weights
+        old.unlink()  # last, so that there always are files; of two steps, `files` refuses them
 
 
 def parts(tensors: Weights) -> Iterator[Weights]:
@@ -71,7 +71,7 @@ def told_by(path: Path) -> dict[str, str]:
             told: dict[str, str] = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"pixel_dit: {path} is not whole ({error}); copy it again") from error
-    if "settings" not in told:
+    if not {"settings", "step", "files"} <= told.keys():
         raise ValueError(f"pixel_dit: {path} does not say what model it is of; train.py's do, at any step")
     return told
 
