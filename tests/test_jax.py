@@ -196,6 +196,21 @@ def test_shard_map(spec, jitted):
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_shard_map_over_grouped_heads(kv_heads):
+    """Of key heads fewer than devices: repeated first, or a single one shared."""
+    mesh = jax.make_mesh((4,), ("h",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices("cpu")[:4])
+    of = arrays(heads=8, kv_heads=kv_heads)
+    q, k, v = on_jax(of)
+    split = PartitionSpec(None, "h")
+    of_keys = split if kv_heads > 1 else PartitionSpec()
+    k, v = (jnp.repeat(x, 8 // kv_heads, axis=1) if kv_heads > 1 else x for x in (k, v))
+    shard = jax.shard_map(
+        partial(llsa.attention, **OPTIONS), mesh=mesh, in_specs=(split, of_keys, of_keys), out_specs=split
+    )
+    assert_same([shard(q, k, v)], [llsa.attention(*of, **OPTIONS)])
+
+
 def test_arrays_on_several_devices_under_jit():
     """Without shard_map XLA brings them together; the numbers are the same."""
     mesh = jax.make_mesh((2,), ("a",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices("cpu")[:2])
