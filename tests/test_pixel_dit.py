@@ -94,10 +94,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_losses(one_picture, tmp_path
             train.main([*options, f"--{name}", str(value), "--steps", "9", "--out", str(broken)])
     for cut in ((whole / "checkpoint.pt").read_bytes()[:1000], b"", b"hello world"):
         (broken / "checkpoint.pt").write_bytes(cut)
-        with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read as a checkpoint"):
+        with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read"):
             train.main([*options, "--steps", "9", "--out", str(broken)])
     torch.save({"model": 1}, broken / "checkpoint.pt")
-    with pytest.raises(ValueError, match="it holds something else"):
+    with pytest.raises(ValueError, match="is no checkpoint of train"):
         train.main([*options, "--steps", "9", "--out", str(broken)])
 
 
@@ -575,7 +575,7 @@ def test_dense_attention_by_a_kernel_that_is_named(monkeypatch):
         report.attention_by("cuDNN", config)(*given)
 
 
-def test_a_block(monkeypatch):
+def test_a_block():
     """Is the identity at first; later the time matters, and the length of queries and keys does not."""
     torch.manual_seed(0)
     config = model.Config(hidden=32, heads=2, layers=1, attention="full")

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 import train
+from options import OTHERS, parsed, positive, settings_of
+from ranks import device_of
 from records import Record
-from training import device_of, settings_of
 
 KINDS: dict[str, list[str]] = {
     "full attention": ["--attention", "full"],
@@ -35,8 +36,8 @@ OWN = ("--seed", "--attention", *SWITCHES)
 def main(arguments: list[str] | None = None) -> None:
     """Train what is missing, a seed of every kind after the other, and write after each."""
     about = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(description=about, allow_abbrev=False, epilog=train.OTHERS)
-    parser.add_argument("--seeds", type=train.positive, default=3, help="runs of each kind (default: %(default)s)")
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False, epilog=OTHERS)
+    parser.add_argument("--seeds", type=positive, default=3, help="runs of each kind (default: %(default)s)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="(default: all)")
     parser.add_argument("--out", type=Path, required=True, help="a folder, of one such command at a time")
     args, of_training = parser.parse_known_args(arguments)
@@ -45,13 +46,13 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"{option} is each run's own; give --seeds, how many, and --kinds, which")
     if "RANK" in os.environ:
         parser.error("trains in one process; start it without torchrun")
-    device = device_of(train.parsed([*of_training, "--out", str(args.out)]).device)
+    device = device_of(parsed([*of_training, "--out", str(args.out)]).device)
     record = Record(args.out, "quality", device)
     for seed in range(args.seeds):
         for kind in args.kinds:
             own = [*of_training, *KINDS[kind], "--seed", str(seed)]
             out = args.out / re.sub("[^a-z0-9]+", "-", f"{len(record.rows):03}-{kind.lower()}-{seed}")
-            settings = {"kind": kind} | settings_of(train.parsed([*own, "--out", str(out)]))
+            settings = {"kind": kind} | settings_of(parsed([*own, "--out", str(out)]))
             if not record.holds(settings):
                 record.add(settings, trained(own, out))
                 shutil.rmtree(out)

@@ -11,8 +11,8 @@ import weights
 from flow import noise_scale, sampled
 from images import save_grid
 from model import CHANNELS, Config, Grid, PixelDiT, velocity_by
-from train import natural, positive
-from training import device_of
+from options import natural, positive
+from ranks import device_of
 
 
 def main(arguments: list[str] | None = None) -> None:

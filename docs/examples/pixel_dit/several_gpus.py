@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import train
+from options import OTHERS, parsed, positive, settings_of
+from ranks import ranks_of
 from records import Record
-from training import Training, ranks_of, settings_of
+from training import Training
 
 WARM_UP = 3
 """Steps that compile, and that fill what is reused."""
@@ -27,15 +28,15 @@ WARM_UP = 3
 def main(arguments: list[str] | None = None) -> None:
     """Train some steps, every picture's pixels over all processes, and write how long they took and their losses."""
     about = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(description=about, allow_abbrev=False, epilog=train.OTHERS)
-    parser.add_argument("--steps", type=train.positive, default=20, help="to train (default: %(default)s)")
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False, epilog=OTHERS)
+    parser.add_argument("--steps", type=positive, default=20, help="to train (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="a folder")
     own, of_training = parser.parse_known_args(arguments)
     if any(option.partition("=")[0] == "--sequence-ranks" for option in of_training):
         parser.error("--sequence-ranks is the number of processes, which torchrun is told")
     shared = ["--sequence-ranks", os.environ.get("WORLD_SIZE", "1"), "--steps", str(WARM_UP + own.steps)]
     with tempfile.TemporaryDirectory() as folder:
-        args = train.parsed([*of_training, *shared, "--samples", "0", "--out", folder])
+        args = parsed([*of_training, *shared, "--samples", "0", "--out", folder])
         with ranks_of(args) as ranks:
             found = measured(Training(args, ranks))
         if ranks.rank == 0:

@@ -1,15 +1,13 @@
-"""A run: its processes, the model, its average and optimiser, a step, what it is judged by, samples, checkpoints."""
+"""A run: the model, its average and optimiser, a step, what it is judged by, samples, checkpoints."""
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import math
-import os
-import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +17,9 @@ import weights
 from flow import loss_of, noise_scale, sampled
 from images import Pictures, folder, photographs, save_grid
 from model import CHANNELS, Config, Grid, PixelDiT, velocity_by
+from options import settings_of
+from ranks import Ranks
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
@@ -32,66 +31,11 @@ JUDGED_BY = 2**31
 """The seed of draws of what is held out: runs of every --seed are judged by the same pictures and noise."""
 DIVERGED = 5.0
 """Times the loss of a model that predicts 0, which is 1 + s squared at most, for pixels are of -1 .. 1."""
-WITHOUT_EFFECT = ("device", "every", "out", "samples", "workers")
-"""Options that make no other run."""
 MAY_CHANGE = ("compile", "ema", "rate", "sequence_ranks", "start", "steps")
 """Options with which a run may go on otherwise than it began."""
+UNREADABLE = (OSError, EOFError, UnpicklingError, RuntimeError, ValueError, LookupError, TypeError, AttributeError)
+"""What PyTorch raises at files that are cut or no checkpoint at all."""
 IN_CHECKPOINT = {"step", "recent_loss", "settings", "model", "average", "optimiser"}
-
-
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What a run is told apart by: all options that its numbers depend on, but for the device."""
-    return {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items() if name not in WITHOUT_EFFECT}
-
-
-class Ranks(NamedTuple):
-    """Which process this is of all, and the mesh of those that share a picture's tokens, if they do."""
-
-    rank: int
-    data: int
-    of_data: int
-    mesh: DeviceMesh | None
-    device: torch.device
-
-
-def device_of(kind: str | None) -> torch.device:
-    """`cpu` or `cuda`; None for cuda where there is one."""
-    there = torch.cuda.is_available()
-    if kind == "cuda" and not there:
-        raise ValueError("pixel_dit: --device is cuda, and PyTorch finds no CUDA device; leave it out for the CPU")
-    return torch.device(kind or ("cuda" if there else "cpu"))
-
-
-@contextlib.contextmanager
-def ranks_of(args: argparse.Namespace) -> Iterator[Ranks]:
-    """One process, or torchrun's."""
-    device = device_of(args.device)
-    kind = device.type
-    if "RANK" not in os.environ:
-        if args.sequence_ranks != 1:
-            raise ValueError(f"train: --sequence-ranks is {args.sequence_ranks}, and this is one process; use torchrun")
-        yield Ranks(0, 0, 1, None, device)
-        return
-    if kind == "cuda":
-        device = torch.device(kind, int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    try:
-        size, shared = dist.get_world_size(), args.sequence_ranks
-        if args.side**2 % shared:
-            raise ValueError(
-                f"train: --side {args.side} makes {args.side**2} pixels, which --sequence-ranks {shared} is to divide"
-            )
-        if size % shared or args.batch % (size // shared):
-            raise ValueError(
-                f"train: {size} processes, --sequence-ranks {shared} and --batch {args.batch}: the processes are to be "
-                "a multiple of the first, and the batch one of their quotient"
-            )
-        mesh = init_device_mesh(kind, (size // shared, shared), mesh_dim_names=("data", "sequence"))
-        own = mesh["sequence"] if shared > 1 else None
-        yield Ranks(dist.get_rank(), mesh["data"].get_local_rank(), size // shared, own, device)
-    finally:
-        dist.destroy_process_group()
 
 
 class Batch(NamedTuple):
@@ -304,13 +248,12 @@ class Training:
 def loaded(file: Path) -> dict[str, Any]:
     """A checkpoint."""
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, pickle.UnpicklingError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        state, why = None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    else:
-        why = "it holds something else"
-    if not isinstance(state, dict) or not IN_CHECKPOINT <= state.keys():
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        is_one = state.keys() >= IN_CHECKPOINT
+    except UNREADABLE as error:
         raise ValueError(
-            f"train: {file} cannot be read as a checkpoint of train.py ({why}); copy it again, or remove it"
-        )
+            f"train: {file} cannot be read ({type(error).__name__}); copy it again, or remove it"
+        ) from error
+    if not is_one:
+        raise ValueError(f"train: {file} is no checkpoint of train.py; copy it again, or remove it")
     return state
